@@ -1,0 +1,153 @@
+"""Binary codes: the only sign(), packing to bits, and the code files in and out."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.io
+import torch
+from torch import Tensor
+
+from vhabl.errors import fail
+from vhabl.files import atomic_path
+from vhabl.matfile import read_mat
+from vhabl.types import Codes
+
+_LAYOUT = "val_B, retrieval_B, L_te, L_db (fused) or q_img, q_txt, r_img, r_txt, q_l, r_l (cross)"
+
+
+def binarise(h: Tensor) -> Tensor:
+    """Codes of relaxed codes: +1 where h >= 0, else -1, in the shape and type of h."""
+    return torch.where(h >= 0, 1.0, -1.0).to(h.dtype)
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """+-1 codes [N, K] to bytes [N, ceil(K / 8)] uint8, little-endian bit order, zero padded.
+
+    >>> pack(np.array([[1, -1, 1, -1, -1, -1, -1, -1, 1]]))
+    array([[5, 1]], dtype=uint8)
+    """
+    return np.packbits(codes > 0, axis=1, bitorder="little")
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes of `pack` to +-1 codes [N, bits] int8.
+
+    >>> unpack(np.array([[5, 1]], dtype=np.uint8), 9)
+    array([[ 1, -1,  1, -1, -1, -1, -1, -1,  1]], dtype=int8)
+    """
+    ones = np.unpackbits(packed, axis=1, count=bits, bitorder="little").astype(np.int8)
+    return 2 * ones - 1
+
+
+def mat_name(title: str, bits: int, data: str) -> str:
+    """The releases' name of a code file: `VH-ABL_16-wiki_bits.mat`."""
+    return f"{title}_{bits}-{data}_bits.mat"
+
+
+def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[Path]:
+    """Write one code length in the releases' .mat layout and as packed bits (.npz).
+
+    tasks: {"fused": codes}, or {"i2t": codes, "t2i": codes} where the query of i2t and the database
+    of t2i are the images' codes. The .npz holds the same arrays packed, with `bits`.
+    """
+    first = next(iter(tasks.values()))
+    if "fused" in tasks:
+        arrays = {"val_B": first.query, "retrieval_B": first.database}
+        labels = {"L_te": first.query_labels, "L_db": first.database_labels}
+    else:
+        i2t, t2i = tasks["i2t"], tasks["t2i"]
+        arrays = {"q_img": i2t.query, "q_txt": t2i.query,
+                  "r_img": t2i.database, "r_txt": i2t.database}
+        labels = {"q_l": first.query_labels, "r_l": first.database_labels}
+    mat = folder / mat_name(title, first.bits, data)
+    with atomic_path(mat) as path:
+        content = {k: v.astype(np.float32) for k, v in arrays.items()} | labels
+        scipy.io.savemat(path, content, do_compression=True)
+    npz = mat.with_suffix(".npz")
+    with atomic_path(npz) as path, path.open("wb") as file:
+        packed: dict[str, Any] = {k: pack(v) for k, v in arrays.items()}
+        np.savez(file, bits=np.int64(first.bits), **packed, **labels)
+    return [mat, npz]
+
+
+def load(path: Path) -> dict[str, Codes]:
+    """Read a code file in the releases' .mat layouts or a packed .npz: {task: Codes}.
+
+    Raises VhablError where a key is missing, a code is not +-1 (or 0/1), or sizes disagree.
+    """
+    arrays = _read_npz(path) if path.suffix == ".npz" else read_mat(path)
+    if "val_B" in arrays and "retrieval_B" in arrays:
+        needed, tasks = ("L_te", "L_db"), {"fused": ("val_B", "retrieval_B")}
+    elif {"q_img", "q_txt", "r_img", "r_txt"} <= arrays.keys():
+        needed = ("q_l", "r_l")
+        tasks = {"i2t": ("q_img", "r_txt"), "t2i": ("q_txt", "r_img")}
+    else:
+        fail(path, f"keys {', '.join(sorted(arrays)) or 'none'}", _LAYOUT)
+    for key in needed:
+        if key not in arrays:
+            fail(f"{path}: key {key}", "nothing", _LAYOUT)
+    query_labels, database_labels = (_labels(path, k, arrays[k]) for k in needed)
+    if query_labels.shape[1] != database_labels.shape[1]:
+        fail(f"{path}: keys {needed[0]} and {needed[1]}",
+             f"{query_labels.shape[1]} and {database_labels.shape[1]} classes", "the same number")
+    result = {}
+    for task, (query_key, database_key) in tasks.items():
+        query = _codes(path, query_key, arrays[query_key])
+        database = _codes(path, database_key, arrays[database_key])
+        if query.shape[1] != database.shape[1]:
+            fail(f"{path}: keys {query_key} and {database_key}",
+                 f"{query.shape[1]} and {database.shape[1]} bits", "the same number")
+        for key, codes, labels in ((query_key, query, query_labels),
+                                   (database_key, database, database_labels)):
+            if len(codes) != len(labels):
+                fail(f"{path}: key {key}", f"{len(codes)} codes for {len(labels)} label rows",
+                     "as many")
+        result[task] = Codes(query, database, query_labels, database_labels)
+    return result
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file.items())
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        fail(path, f"a file that cannot be read ({error})", "an .npz of packed codes")
+    bits = arrays.pop("bits", None)
+    if bits is None or bits.size != 1 or not np.issubdtype(bits.dtype, np.integer):
+        fail(f"{path}: key bits", "nothing", "the code length")
+    length = int(bits.reshape(-1)[0])
+    for key, array in arrays.items():
+        if array.dtype == np.uint8 and array.ndim == 2 and not key.lower().startswith("l_") \
+                and not key.endswith("_l"):
+            if length < 1 or array.shape[1] != -(-length // 8):
+                fail(f"{path}: key {key}", f"{array.shape[1]} bytes a code",
+                     f"{-(-length // 8)} for {length} bits")
+            arrays[key] = unpack(array, length)
+    return arrays
+
+
+def _codes(path: Path, key: str, values: np.ndarray) -> np.ndarray:
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
+        fail(f"{path}: key {key}", f"shape {values.shape} of type {values.dtype}",
+             "numbers, items x bits")
+    found = np.unique(values)
+    if not (np.isin(found, (-1, 1)).all() or np.isin(found, (0, 1)).all()):
+        shown = ", ".join(f"{v:g}" for v in found[~np.isin(found, (-1, 1))][:3])
+        fail(f"{path}: key {key}", f"values such as {shown}", "codes of -1 and +1 (or 0 and 1)")
+    return np.where(values > 0, 1, -1).astype(np.int8)
+
+
+def _labels(path: Path, key: str, values: np.ndarray) -> np.ndarray:
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
+        fail(f"{path}: key {key}", f"shape {values.shape} of type {values.dtype}",
+             "numbers, items x classes")
+    if not np.isin(values, (0, 1)).all():
+        shown = values[~np.isin(values, (0, 1))].flat[0]
+        fail(f"{path}: key {key}", f"value {shown:g}", "labels of 0 and 1")
+    return values.astype(np.uint8)

@@ -1,0 +1,84 @@
+"""Files to splits. Nothing above this package knows a file format; no model knows a file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+
+from vhabl.data.features import load_features
+from vhabl.data.pairs import load_pairs
+from vhabl.errors import VhablError, plural
+from vhabl.files import locate
+from vhabl.settings import DataConfig
+from vhabl.types import Dataset, Split
+
+__all__ = ["load", "validation_split", "without"]
+
+
+def load(config: DataConfig) -> Dataset:
+    """Read the data set of a recipe.
+
+    Raises VhablError where files are missing, with where such files come from and the layout
+    expected, and where a file's content does not fit.
+    """
+    path = locate(config.path)
+    if not path.exists():
+        raise VhablError(missing_message(config))
+    reader = load_features if config.kind == "features" else load_pairs
+    train, database, query = reader(path, config)
+    notes = tuple(
+        f"{role}: {plural(count, 'item')} without a label"
+        for role, split in (("train", train), ("database", database), ("query", query))
+        if (count := int((split.labels.sum(axis=1) == 0).sum()))
+    )
+    return Dataset(config.name, train, database, query, _fingerprint(train, database, query), notes)
+
+
+def missing_message(config: DataConfig) -> str:
+    """What is missing, where such files come from, and the layout expected."""
+    if config.kind == "features":
+        layout = (
+            "one MATLAB 5 or 7.3 file with I_tr, T_tr, L_tr (training), I_db, T_db, L_db (database)"
+            " and I_te, T_te, L_te (query): items x features, labels items x classes of 0 and 1"
+        )
+    else:
+        layout = (
+            "a folder with caption.mat, index.mat, label.mat and the images that index.mat names"
+        )
+    source = f"\n  source: {config.source}" if config.source else ""
+    return (
+        f"{config.path}: found no such file or folder; expected the data set {config.name!r}"
+        f"{source}\n  layout: {layout}"
+        f"\n  another place: data.path=PATH"
+        f"\n  without any file: bash flickr.sh --demo trains on the data set shipped with vhabl"
+    )
+
+
+def _fingerprint(*splits: Split) -> str:
+    """A short digest of the content: the same data from another file format has the same one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        digest.update(repr((split.image.shape, split.text.shape, split.labels.shape)).encode())
+        digest.update(np.packbits(split.labels).tobytes())
+        step = max(1, len(split) // 256)  # a sample of the features: enough to tell data sets apart
+        digest.update(np.ascontiguousarray(split.image[::step]).tobytes())
+        digest.update(np.ascontiguousarray(split.text[::step]).tobytes())
+    return digest.hexdigest()
+
+
+def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """The training items alone as a data set: a seeded share as queries, the others as both the
+    training set and the database. Model selection sees nothing else.
+    """
+    order = np.random.default_rng(seed).permutation(len(dataset.train))
+    queries = max(1, round(fraction * len(order)))
+    query = dataset.train.take(np.sort(order[:queries]))
+    rest = dataset.train.take(np.sort(order[queries:]))
+    return replace(dataset, train=rest, database=rest, query=query)
+
+
+def without(split: Split, others: Split) -> Split:
+    """The items of a split that are not among the others, by id."""
+    return split.take(np.flatnonzero(~np.isin(split.ids, others.ids)))

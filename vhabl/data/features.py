@@ -1,0 +1,109 @@
+"""Feature files of the field: one .mat with I_tr, T_tr, L_tr, I_db ... L_te."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from vhabl.errors import fail
+from vhabl.matfile import read_mat
+from vhabl.settings import DataConfig
+from vhabl.types import Split
+
+ROLES = ("tr", "db", "te")
+
+
+def load_features(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
+    """Read training, database and query items of a feature file.
+
+    Labels are 0/1 per class, or one column of class numbers that begin at 1, as MATLAB writes them.
+    Raises VhablError naming the key that is missing, has other rows, NaN, infinities or wrong
+    labels.
+    """
+    keys = [f"{part}_{role}" for role in ROLES for part in "ITL"]
+    arrays = read_mat(path, keys)
+    missing = [key for key in keys if key not in arrays]
+    if missing:
+        found = ", ".join(sorted(read_mat(path))) or "nothing"
+        fail(f"{path}: key {missing[0]}", f"only {found}", ", ".join(keys))
+    features = {k: _features(path, k, arrays.pop(k)) for k in keys if k[0] != "L"}
+    labels = _labels(path, {role: arrays[f"L_{role}"] for role in ROLES})
+    for role in ROLES:
+        rows = {f"{part}_{role}": len(features[f"{part}_{role}"]) for part in "IT"}
+        rows[f"L_{role}"] = len(labels[role])
+        if len(set(rows.values())) != 1:
+            found = ", ".join(f"{n} rows in {key}" for key, n in rows.items())
+            fail(path, found, "the same number")
+    for part in "IT":
+        widths = {f"{part}_{role}": features[f"{part}_{role}"].shape[1] for role in ROLES}
+        if len(set(widths.values())) != 1:
+            found = ", ".join(f"{n} columns in {key}" for key, n in widths.items())
+            fail(path, found, "the same number")
+    train, database, query = (
+        Split(
+            _content_ids(features[f"I_{role}"], features[f"T_{role}"]),
+            features[f"I_{role}"],
+            features[f"T_{role}"],
+            labels[role],
+        )
+        for role in ROLES
+    )
+    return train, database, query
+
+
+def _features(path: Path, key: str, values: np.ndarray) -> np.ndarray:
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
+        fail(f"{path}: key {key}", f"shape {values.shape} of type {values.dtype}",
+             "numbers, items x features")
+    result = np.ascontiguousarray(values, dtype=np.float32)
+    finite = np.isfinite(result)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        fail(f"{path}: key {key}",
+             f"{values[row, column]} in row {row + 1}, column {column + 1}"
+             f" ({int((~finite).sum())} such values)", "finite numbers")
+    return result
+
+
+def _labels(path: Path, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Labels of all roles as 0/1 matrices over one set of classes."""
+    for role, values in parts.items():
+        if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
+            fail(f"{path}: key L_{role}", f"shape {values.shape} of type {values.dtype}",
+                 "numbers, items x classes, or one column of class numbers")
+    if all(1 in v.shape for v in parts.values()) and max(v.max() for v in parts.values()) > 1:
+        return _from_class_numbers(path, {r: v.reshape(-1) for r, v in parts.items()})
+    widths = {f"L_{role}": v.shape[1] for role, v in parts.items()}
+    if len(set(widths.values())) != 1:
+        found = ", ".join(f"{n} columns in {key}" for key, n in widths.items())
+        fail(path, found, "the same number")
+    for role, values in parts.items():
+        wrong = ~np.isin(values, (0, 1))
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            fail(f"{path}: key L_{role}",
+                 f"{values[row, column]:g} in row {row + 1}, column {column + 1}",
+                 "labels of 0 and 1, or one column of class numbers from 1")
+    return {role: values.astype(np.uint8) for role, values in parts.items()}
+
+
+def _from_class_numbers(path: Path, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for role, values in parts.items():
+        wrong = ~np.isfinite(values) | (values != np.floor(values)) | (values < 1) | (values > 1e5)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            fail(f"{path}: key L_{role}", f"{values[row]:g} in row {row + 1}",
+                 "one column of whole class numbers that begin at 1")
+    classes = int(max(v.max() for v in parts.values()))
+    one_hot = np.eye(classes, dtype=np.uint8)
+    return {role: one_hot[v.astype(np.int64) - 1] for role, v in parts.items()}
+
+
+def _content_ids(image: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Ids from the features' bytes: equal rows in two splits are taken for the same item."""
+    return np.array([
+        hashlib.blake2b(i.tobytes() + t.tobytes(), digest_size=16).hexdigest()
+        for i, t in zip(image, text, strict=True)
+    ])

@@ -1,0 +1,121 @@
+"""Image-text pairs in the raw layout: caption.mat, index.mat, label.mat and a folder of images.
+
+This part computes simple features from the pairs, so that the feature methods run on them:
+colour and shape descriptors of the image, a bag of the caption's words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vhabl.data.descriptors import describe_image
+from vhabl.errors import VhablError, fail
+from vhabl.matfile import read_mat
+from vhabl.settings import DataConfig
+from vhabl.types import Split
+
+_KEYS = {  # the releases' names for the same thing
+    "caption": ("caption", "tags", "YAll"),
+    "index": ("index", "imgs", "FAll"),
+    "label": ("label", "category", "LAll", "labels"),
+}
+
+
+def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
+    """Read pairs, draw query and training items by a seeded permutation, compute features.
+
+    The database is all but the query items; the training items are part of it. The words are
+    those of the training captions alone. Raises VhablError where files disagree or an image
+    cannot be read.
+    """
+    columns = {}
+    for name in _KEYS:
+        file = path / f"{name}.mat"
+        arrays = read_mat(file, _KEYS[name])
+        found = [k for k in _KEYS[name] if k in arrays]
+        if not found:
+            fail(f"{file}: keys", "none of them", " or ".join(_KEYS[name]))
+        columns[name] = arrays[found[0]]
+    captions = [_first_text(path / "caption.mat", c) for c in columns["caption"].reshape(-1)]
+    images = [_first_text(path / "index.mat", i) for i in columns["index"].reshape(-1)]
+    labels = columns["label"]
+    if labels.ndim != 2 or labels.dtype.kind not in "fiub" or not np.isin(labels, (0, 1)).all():
+        fail(f"{path / 'label.mat'}: key label", f"shape {labels.shape} of type {labels.dtype}"
+             " or values other than 0 and 1", "items x classes of 0 and 1")
+    if not len(captions) == len(images) == len(labels):
+        fail(path, f"{len(captions)} captions, {len(images)} images and {len(labels)} label rows",
+             "as many of each")
+    if config.class_names and len(config.class_names) != labels.shape[1]:
+        fail("key data.class_names", f"{len(config.class_names)} names",
+             f"{labels.shape[1]}, as label.mat has columns")
+    if config.query < 1 or config.train < 2 or config.query + config.train > len(labels):
+        fail("keys data.query and data.train", f"{config.query} and {config.train}",
+             f"at least 1 and 2, together at most the {len(labels)} items")
+
+    order = np.random.RandomState(config.split_seed).permutation(len(labels))
+    query, train = order[: config.query], order[config.query : config.query + config.train]
+    database = order[config.query :]
+    image = _image_features(path / config.image_root, images)
+    text = _bag_of_words(captions, train, config.min_count)
+    ids = np.array(images)
+    labels = labels.astype(np.uint8)
+
+    def split(rows: np.ndarray) -> Split:
+        return Split(ids[rows], image[rows], text[rows], labels[rows])
+
+    return split(train), split(database), split(query)
+
+
+def _first_text(file: Path, cell: object) -> str:
+    """A cell's text; of several captions the first, so that codes are repeatable."""
+    if isinstance(cell, np.ndarray):
+        cell = cell.flat[0] if cell.size else ""
+    if not isinstance(cell, str):
+        fail(file, f"a cell of type {type(cell).__name__}", "texts")
+    return cell.rstrip("\n")
+
+
+def _image_features(folder: Path, names: list[str]) -> np.ndarray:
+    paths = [folder / Path(name).name for name in names]
+
+    def describe(path: Path) -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                return describe_image(image.convert("RGB"))
+        except FileNotFoundError:
+            fail(path, "no such file", "the image that index.mat names")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise VhablError(f"{path}: found an image that cannot be read ({error}); "
+                             f"expected a whole JPEG or PNG") from None
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(describe, paths))).astype(np.float32)
+
+
+def words(caption: str) -> list[str]:
+    """Lower-case words of letters and digits.
+
+    >>> words("Man's best friend: dog, pet!")
+    ["man's", 'best', 'friend', 'dog', 'pet']
+    """
+    return re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)?", caption.lower())
+
+
+def _bag_of_words(captions: list[str], train: np.ndarray, min_count: int) -> np.ndarray:
+    """Which words of the training captions an item's caption has: float32 [N, words] of 0 and 1."""
+    bags = [set(words(c)) for c in captions]
+    counts = Counter(word for row in train for word in bags[row])
+    vocabulary = {w: i for i, w in enumerate(sorted(w for w in counts if counts[w] >= min_count))}
+    if not vocabulary:
+        fail("key data.min_count", f"{min_count}, which no word of the training captions reaches",
+             "a smaller number")
+    result = np.zeros((len(captions), len(vocabulary)), np.float32)
+    for row, bag in enumerate(bags):
+        result[row, [vocabulary[w] for w in bag if w in vocabulary]] = 1
+    return result

@@ -1,0 +1,55 @@
+"""Errors a user can cause, and the one place that turns them into exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
+
+
+class VhablError(Exception):
+    """Something the user can mend: names the file or key, what was found and what was expected."""
+
+
+def fail(where: object, found: str, expected: str) -> NoReturn:
+    """Raise a `VhablError` in the project's one form: where, what was found, what was expected."""
+    raise VhablError(f"{where}: found {found}; expected {expected}")
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 item`, `3 items`: for messages."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line for an operating-system error, naming the file and what would mend it."""
+    where = error.filename if error.filename is not None else "file system"
+    if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
+        return f"{where}: found no space left on the disk; expected room to write the file"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}: found no permission ({os.strerror(error.errno)}); expected to read and write it"
+    return f"{where}: {error.strerror or error}"
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run an entry point: a user's error is one message on stderr and exit code 2."""
+    try:
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+    except VhablError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader of our output (such as `head`) has left: not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

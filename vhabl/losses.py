@@ -1,0 +1,137 @@
+"""Losses as pure functions of tensors, one per formula.
+
+Symbols: B batch, K bits, C classes; h [B, K] relaxed codes in [-1, 1]; y [B, C] labels in {0, 1};
+centres [C, K]. Every loss is a matrix expression and returns a scalar tensor; on a batch where
+nothing is defined (no positive pair, no label) it returns 0 with a zero gradient, never NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sigmoid_target(y: Tensor) -> Tensor:
+    """Similarity of two items from their labels, `2 sigmoid(y_i . y_j) - 1`: [B, C] -> [B, B].
+
+    0 without a shared class, 0.46 with one, then rising towards 1 (the target of the VH-ABL
+    and HIAMH releases).
+    """
+    return 2 * torch.sigmoid(y @ y.T) - 1
+
+
+def cosine_target(y: Tensor) -> Tensor:
+    """Similarity of two items from their labels, `2 cos(y_i, y_j) - 1`: [B, C] -> [B, B].
+
+    -1 without a shared class, +1 for equal label sets: the whole range of a cosine of codes.
+    """
+    y = F.normalize(y, dim=1)
+    return 2 * (y @ y.T) - 1
+
+
+TARGETS = {"sigmoid": sigmoid_target, "cosine": cosine_target}
+
+
+def similarity(h: Tensor, target: Tensor) -> Tensor:
+    """`MSE(cos(h_i, h_j), target_ij)` over all pairs of the batch."""
+    h = F.normalize(h, dim=1)
+    return F.mse_loss(h @ h.T, target)
+
+
+def weighted_similarity(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """`MSE(s_ij, target_ij)` with `s_ij = sum_k (w_ik + w_jk)/2 h_ik h_jk / K`.
+
+    w: [B, K] bit weights of each item with mean 1 over bits, or [K] for all items. A bit that
+    carries the neighbourhood earns weight, one that does not loses it (METHODS.md, 1).
+    """
+    bits = h.shape[1]
+    products = (w * h) @ h.T  # (B, B): sum_k w_ik h_ik h_jk
+    return F.mse_loss((products + products.T) / (2 * bits), target)
+
+
+def multi_similarity(
+    h: Tensor,
+    y: Tensor,
+    threshold: float = 0.5,
+    margin: float = 0.1,
+    scale_positive: float = 2.0,
+    scale_negative: float = 40.0,
+) -> Tensor:
+    """Multi-similarity loss with pair mining (Wang et al., CVPR 2019) on cosine similarities.
+
+    Positives share a label and have s < 1 - 1e-5. Negatives are kept where s + margin exceeds the
+    smallest positive, then positives where s - margin is below the largest kept negative. With P
+    and N the kept pairs of an anchor,
+
+        log(1 + sum_P e^{-a (s - t)}) / a + log(1 + sum_N e^{b (s - t)}) / b
+
+    summed over the anchors that have both, divided by B.
+    """
+    h = F.normalize(h, dim=1)
+    s = h @ h.T  # (B, B)
+    shared = (y @ y.T) > 0
+    fixed = s.detach()  # mining only selects: it has no gradient
+    positive = shared & (fixed < 1 - 1e-5)
+    negative = ~shared
+    hardest_positive = fixed.masked_fill(~positive, torch.inf).amin(dim=1, keepdim=True)
+    negative = negative & (fixed + margin > hardest_positive)
+    hardest_negative = fixed.masked_fill(~negative, -torch.inf).amax(dim=1, keepdim=True)
+    positive = positive & (fixed - margin < hardest_negative)
+    both = positive.any(dim=1) & negative.any(dim=1)
+
+    # log(1 + sum e^x) = softplus(logsumexp x); the fill is finite so that an anchor without a pair
+    # has a zero gradient instead of NaN.
+    void = torch.finfo(s.dtype).min / 2
+    pull = torch.logsumexp((-scale_positive * (s - threshold)).masked_fill(~positive, void), dim=1)
+    push = torch.logsumexp((scale_negative * (s - threshold)).masked_fill(~negative, void), dim=1)
+    anchors = F.softplus(pull) / scale_positive + F.softplus(push) / scale_negative
+    return (anchors * both).sum() / len(h)
+
+
+def classification(logits: Tensor, y: Tensor) -> Tensor:
+    """`MSE(sigmoid(logits), y)`: logits and y [B, C]."""
+    return F.mse_loss(torch.sigmoid(logits), y)
+
+
+def centre_contrast(h: Tensor, centres: Tensor, y: Tensor) -> Tensor:
+    """Code-to-centre contrast, averaged over an item's own classes and over the labelled items.
+
+    For own class c: `-log(e^{h.c/K} / (e^{h.c/K} + sum over the classes the item does not have))`.
+    """
+    logits = h @ centres.T / h.shape[1]  # (B, C)
+    void = torch.finfo(logits.dtype).min / 2
+    others = torch.logsumexp(logits.masked_fill(y > 0, void), dim=1, keepdim=True)  # (B, 1)
+    per_class = F.softplus(others - logits)  # -log(e^a / (e^a + e^b)) = softplus(b - a)
+    own = y.sum(dim=1)
+    per_item = (per_class * y).sum(dim=1) / own.clamp(min=1)
+    return per_item.sum() / (own > 0).sum().clamp(min=1)
+
+
+def centre_bce(h: Tensor, centres: Tensor, y: Tensor) -> Tensor:
+    """`BCE(h . c, y)` over items and classes, from logits."""
+    return F.binary_cross_entropy_with_logits(h @ centres.T, y)
+
+
+def centre_separation(centres: Tensor) -> Tensor:
+    """Minus (mean + smallest distance of two class centres) / K: minimising it separates them.
+
+    The release adds the distances with a plus sign, which pulls the centres together.
+    """
+    classes, bits = centres.shape
+    if classes < 2:
+        return centres.sum() * 0
+    distances = F.pdist(centres)  # (C (C - 1) / 2,)
+    return -(distances.mean() + distances.min()) / bits
+
+
+def decorrelation(h: Tensor) -> Tensor:
+    """Mean squared off-diagonal entry of `h^T h / B`, plus the mean squared mean of a bit.
+
+    0 for balanced bits that are uncorrelated in the batch.
+    """
+    batch, bits = h.shape
+    correlation = h.T @ h / batch  # (K, K)
+    off_diagonal = correlation.pow(2).sum() - correlation.diagonal().pow(2).sum()
+    balance = h.mean(dim=0).pow(2).mean()
+    return off_diagonal / max(1, bits * (bits - 1)) + balance

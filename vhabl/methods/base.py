@@ -1,0 +1,79 @@
+"""The contract of a method. `vhabl/methods/vh_abl.py` is the example to read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from vhabl.codes import binarise
+from vhabl.encoders import FeatureScaling
+from vhabl.errors import fail
+from vhabl.types import Batch, DataSpec, Inputs
+
+
+class HashingMethod(nn.Module, ABC):
+    """A model that turns image-text pairs into codes.
+
+    All that a method learns or measures lives in parameters and buffers, so a checkpoint alone
+    reproduces an evaluation. Neither `embed` nor `encode` has a label parameter.
+    """
+
+    title: ClassVar[str]  # as tables and code files write it
+    task: ClassVar[Literal["fused", "cross"]]
+    Settings: ClassVar[type]  # frozen dataclass of the method's own keys, `model.*`
+
+    def __init__(self, spec: DataSpec, bits: list[int], settings: Any) -> None:
+        """spec: widths and counts of the data; bits: the lengths asked for, the longest is K."""
+        super().__init__()
+        self.spec = spec
+        self.bits = max(bits)
+        self.settings = settings
+
+    @classmethod
+    def check_settings(cls, settings: Any) -> None:
+        """Raise VhablError where a setting's value cannot be used. The default accepts all."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted loss terms by name; the trainer sums and logs them."""
+
+    #: every method scales or encodes its raw inputs by this, fitted on the training items
+    scaling: FeatureScaling
+
+    @abstractmethod
+    def embed(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Relaxed codes [B, K] of each view: `fused`, or `image` and `text`."""
+
+    def encode(self, inputs: Inputs, bits: int) -> dict[str, Tensor]:
+        """+-1 codes [B, bits] of each view. Raises VhablError for a length that is not served."""
+        return self.encode_lengths(inputs, [bits])[bits]
+
+    def encode_lengths(
+        self, inputs: Inputs, lengths: Sequence[int]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Codes of several lengths at once, each as `encode` gives it: {bits: {view: [B, bits]}}.
+
+        The default serves prefixes of one relaxed code.
+        """
+        for bits in lengths:
+            self.check_length(bits)
+        full = {view: binarise(h) for view, h in self.embed(inputs).items()}
+        return {bits: {view: h[:, :bits] for view, h in full.items()} for bits in lengths}
+
+    def check_length(self, bits: int) -> None:
+        """Raise VhablError where the model cannot serve this code length. Default: any up to K."""
+        if not 1 <= bits <= self.bits:
+            fail("key bits", str(bits), f"a code length from 1 to {self.bits}, which the model has")
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser; `lr_scale` multiplies the recipe's rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def after_epoch(self) -> None:
+        """Called after every training epoch. The default does nothing."""
+
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Called once after training with the training items in order. Default: nothing."""

@@ -1,0 +1,63 @@
+"""Optimiser, learning-rate schedule and the running mean of weights, from a recipe."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from vhabl.settings import OptimConfig
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """The recipe's optimiser over a method's parameter groups (`lr_scale` scales the rate)."""
+    scaled = []
+    for group in groups:
+        lr = config.lr * group.get("lr_scale", 1.0)
+        rest = {k: v for k, v in group.items() if k != "lr_scale"}
+        scaled.append({**rest, "lr": lr, "base_lr": lr})
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            scaled, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(scaled, config.lr, weight_decay=config.weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, progress: float) -> None:
+    """Set every group's rate for `progress` in [0, 1) through the planned steps."""
+    if progress < config.warmup:
+        factor = progress / config.warmup
+    elif config.schedule == "cosine":
+        rest = (progress - config.warmup) / (1 - config.warmup)
+        factor = 0.5 * (1 + math.cos(math.pi * rest))
+    else:
+        factor = 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+class WeightMean:
+    """Exponential running mean of a model's floating-point state.
+
+    The decay rises from 0 with the number of updates, so that early weights are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        mine, theirs = self.model.state_dict(), model.state_dict()
+        for name, value in mine.items():
+            if value.is_floating_point():
+                value.lerp_(theirs[name], 1 - decay)
+            else:
+                value.copy_(theirs[name])

@@ -1,0 +1,173 @@
+"""What a run folder holds, and how it is written and read.
+
+    config.yaml          the configuration, whole
+    weights.safetensors  parameters and buffers; its header repeats the configuration and the data's
+                         widths and digest, so that the file alone is a model
+    metrics.json         a flat list of records
+    history.json         losses and validation of every epoch
+    environment.json     versions, device, git revision, command
+    tensorboard/         the same losses as scalars
+    state.pt             while training is under way: what `resume=true` goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vhabl import methods
+from vhabl.config import Config, from_dict, to_yaml
+from vhabl.errors import VhablError, fail
+from vhabl.evaluator import Record
+from vhabl.files import PROJECT, atomic_path, write_json, write_text
+from vhabl.methods.base import HashingMethod
+from vhabl.types import Dataset, DataSpec
+
+WEIGHTS_FILE = "weights.safetensors"
+METRICS_FILE = "metrics.json"
+_PACKAGES = ("torch", "numpy", "scipy", "h5py", "omegaconf", "safetensors", "faiss-cpu")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as read from its folder."""
+
+    folder: Path
+    config: Config
+    method: HashingMethod
+    fingerprint: str
+
+
+def save(
+    folder: Path, config: Config, method: HashingMethod, data: Dataset, rows: list[Record],
+    history: list[dict[str, Any]],
+) -> None:
+    """Write a finished run. Each file is whole at any moment."""
+    write_text(folder / "config.yaml", to_yaml(config))
+    header = {
+        "config": to_yaml(config),
+        "spec": json.dumps(asdict(data.spec)),
+        "fingerprint": data.fingerprint,
+    }
+    with atomic_path(folder / WEIGHTS_FILE) as path:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
+        save_file(tensors, str(path), metadata=header)
+    write_json(folder / "history.json", history)
+    write_json(folder / "environment.json", environment())
+    write_json(folder / METRICS_FILE, [row.as_dict() for row in rows])
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, git revision and command: what a reader needs to repeat a run."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "numpy": np.__version__,
+        "git": _git_revision(),
+        "command": ["python", *sys.argv],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def load(folder: Path) -> Run:
+    """Read a run's model from its weights file alone.
+
+    Raises VhablError where there is no finished run, or the file is damaged or does not fit.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        fail(folder, "no weights.safetensors", "the folder of a finished run"
+             + (" (resume=true goes on with this one)" if (folder / "state.pt").exists() else ""))
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        spec = DataSpec(**json.loads(header["spec"]))
+        values = yaml.safe_load(header["config"])
+        fingerprint = header["fingerprint"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:120]
+        fail(path, f"a damaged or foreign file ({reason})", "weights saved by vhabl.train")
+    config = from_dict(values, path)
+    method = methods.get(config.method)(spec, config.bits, config.model)
+    wrong = _mismatch(method.state_dict(), tensors)
+    if wrong:
+        fail(path, wrong, f"the tensors of {method.title} as its configuration describes it")
+    method.load_state_dict(tensors)
+    return Run(folder, config, method.eval(), fingerprint)
+
+
+def _mismatch(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
+    for name, tensor in expected.items():
+        if name not in found:
+            return f"no tensor {name}"
+        if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
+            return f"{name} of shape {tuple(found[name].shape)} and type {found[name].dtype}"
+        if found[name].is_floating_point() and not torch.isfinite(found[name]).all():
+            return f"values in {name} that are not finite"
+    extra = sorted(found.keys() - expected.keys())
+    return f"an unknown tensor {extra[0]}" if extra else ""
+
+
+def check_data(run: Run, data: Dataset) -> None:
+    """Raise VhablError where a data set is not the one that the run was trained on."""
+    if data.fingerprint == run.fingerprint:
+        return
+    spec = run.method.spec
+    fail(f"{run.folder / WEIGHTS_FILE}: data",
+         f"a model of {spec.name!r} (image {spec.image_dim}, text {spec.text_dim}, "
+         f"{spec.classes} classes, {spec.train_items} training items)",
+         f"one of {data.name!r} (image {data.spec.image_dim}, text {data.spec.text_dim}, "
+         f"{data.spec.classes} classes, {data.spec.train_items} training items; "
+         f"content digest {data.fingerprint[:8]})")
+
+
+def find(folder: Path) -> list[Path]:
+    """Folders of finished runs at or below a folder, in order of their path."""
+    if not folder.exists():
+        fail(folder, "no such folder", "a run folder, or a folder above several runs")
+    found = sorted(path.parent for path in folder.rglob(WEIGHTS_FILE))
+    if not found:
+        fail(folder, "no finished run (weights.safetensors)",
+             "a run folder, or a folder above several runs")
+    return found
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a metrics.json. Raises VhablError where it is not a list of records."""
+    try:
+        return [Record(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise VhablError(f"{path}: found content that is not a list of records ({error}); "
+                         f"expected what vhabl.train writes") from None

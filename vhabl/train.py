@@ -1,0 +1,68 @@
+"""Train a method from a recipe: python -m vhabl.train --config configs/vh_abl.yaml data=wiki ..."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vhabl import codes, errors, runs
+from vhabl.config import CONFIG_DIR, Config, describe_keys, load, to_yaml
+from vhabl.data import load as load_data
+from vhabl.evaluator import Record, code_tasks, records
+from vhabl.report import print_table
+from vhabl.trainer import STATE_FILE, Trainer
+from vhabl.types import Dataset
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vhabl.train", add_help=False,
+                                     description="Train a method from a YAML recipe.")
+    parser.add_argument("--config", metavar="FILE", help="a recipe, such as configs/vh_abl.yaml")
+    parser.add_argument("--print-config", action="store_true", help="print the result and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("-h", "--help", action="store_true", help="this help, with every key")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="dotted overrides, such as data=wiki data.path=FILE epochs=60")
+    given = parser.parse_args(arguments)
+    if given.help:
+        method = load(given.config, given.overrides).method if given.config else None
+        print(parser.format_help())
+        print("keys, with [default]; data=NAME reads configs/data/NAME.yaml:")
+        print(describe_keys(method))
+        return 0
+    if not given.config:
+        recipes = ", ".join(str(p) for p in sorted(CONFIG_DIR.glob("*.yaml")))
+        errors.fail("argument --config", "nothing", f"a recipe: {recipes}")
+    config = load(given.config, given.overrides)
+    if given.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    data = load_data(config.data)
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
+    rows = train(config, data, progress_bar=not given.quiet)
+    print_table(rows)
+    print(f"run folder: {config.run_folder}")
+    if config.code_folder is not None:
+        print(f"code files: {config.code_folder}")
+    return 0
+
+
+def train(config: Config, data: Dataset, progress_bar: bool = True) -> list[Record]:
+    """Train, encode queries and database at every length, write codes and the run folder."""
+    folder = config.run_folder
+    trainer = Trainer(config, data, progress_bar)
+    folder.mkdir(parents=True, exist_ok=True)
+    method = trainer.run()
+    found = code_tasks(method, data, config.bits)
+    rows = records(method.title, data, found, config.seed)
+    if config.code_folder is not None:
+        for tasks in found.values():
+            codes.save(config.code_folder, method.title, data.name, tasks)
+    runs.save(folder, config, method, data, rows, trainer.progress.history)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    return rows
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,257 @@
+"""The only training loop: select the number of epochs on a validation split, then train on all.
+
+Training has two phases over the same loop. `select` trains on the training items without the
+validation queries and scores each few epochs; `final` trains anew on all training items for the
+number of epochs that scored best. Without a validation split there is only `final`.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from vhabl import methods
+from vhabl.config import Config, first_difference, to_yaml
+from vhabl.data import validation_split
+from vhabl.errors import VhablError, fail
+from vhabl.evaluator import batches_in_order, validation_score
+from vhabl.files import atomic_path
+from vhabl.methods.base import HashingMethod
+from vhabl.optim import WeightMean, build_optimizer, set_rate
+from vhabl.types import Batch, Dataset, Split
+
+STATE_FILE = "state.pt"
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that decides what happens next, beside the tensors."""
+
+    phase: str = "select"
+    epoch: int = 0  # finished epochs of this phase
+    best_epoch: int = 0
+    best_score: float = -1.0
+    stale: int = 0  # validations since the best one
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a recipe. Raises VhablError where CUDA is asked for and absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fail("key device", repr(name), "auto, cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda"):
+        fail("key device", repr(name), "auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            fail("key device", f"{name!r} with {count} CUDA devices here", "a device that exists")
+    return device
+
+
+class Trainer:
+    """Trains one method on one data set in one run folder."""
+
+    def __init__(self, config: Config, data: Dataset, progress_bar: bool = True) -> None:
+        self.config = config
+        self.data = data
+        self.device = pick_device(config.device)
+        self.progress_bar = progress_bar
+        self.state_path = config.run_folder / STATE_FILE
+        self.log_folder = config.run_folder / "tensorboard"
+        self.progress = Progress()
+        if config.validation.fraction == 0:
+            self.progress.phase = "final"
+        if config.threads:
+            torch.set_num_threads(config.threads)
+
+    def run(self) -> HashingMethod:
+        """Train to the end, going on from the saved state where `resume` says so."""
+        saved = self._read_state() if self.config.resume else None
+        if saved is not None:
+            self.progress = Progress(**saved["progress"])
+        else:
+            shutil.rmtree(self.log_folder, ignore_errors=True)
+        while True:
+            self._begin_phase()
+            if saved is not None:
+                self._restore(saved)
+                saved = None
+            self._train_phase()
+            if self.progress.phase == "final":
+                break
+            self.progress.phase, self.progress.epoch = "final", 0
+        return self._finished_copy()
+
+    # -- one phase -------------------------------------------------------------------------------
+
+    def _begin_phase(self) -> None:
+        """Fresh weights, optimiser and random streams for the phase in `self.progress`."""
+        config, phase = self.config, self.progress.phase
+        torch.manual_seed(config.seed)
+        self.shuffle = torch.Generator().manual_seed(config.seed)
+        v = config.validation
+        self.held_out = validation_split(self.data, v.fraction, v.seed) if phase == "select" else None
+        self.train = self.held_out.train if self.held_out is not None else self.data.train
+        self.epochs = config.epochs
+        if phase == "final" and v.fraction > 0:
+            self.epochs = self.progress.best_epoch
+        method = methods.get(config.method)(self.data.spec, config.bits, config.model)
+        inputs = self.train.inputs()
+        method.scaling.fit(inputs, config.data.scale)
+        self.method = method.to(self.device)
+        # Features are small against a device's memory: they stay there for the whole phase.
+        self.inputs = inputs.to(self.device)
+        self.labels = torch.from_numpy(self.train.labels).float().to(self.device)
+        self.optimizer = build_optimizer(self.method.param_groups(), config.optim)
+        decay = config.optim.ema
+        self.mean = WeightMean(self.method, decay) if decay else None
+
+    def _train_phase(self) -> None:
+        progress, config = self.progress, self.config
+        title = f"{self.method.title} seed {config.seed} {progress.phase}"
+        bar = tqdm(
+            total=self.epochs,
+            initial=progress.epoch,
+            desc=title,
+            unit="epoch",
+            disable=not self.progress_bar,
+        )
+        # The states after the saved epoch are trained again: their points are purged from the log.
+        log = SummaryWriter(str(self.log_folder / progress.phase), purge_step=progress.epoch + 1)
+        with bar, log:
+            while progress.epoch < self.epochs and not self._stopped():
+                terms = self._train_epoch()
+                progress.epoch += 1
+                row = {"phase": progress.phase, "epoch": progress.epoch, **terms}
+                if self.held_out is not None and progress.epoch % config.validation.every == 0:
+                    row["validation"] = self._validate()
+                progress.history.append(row)
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        log.add_scalar(name, value, progress.epoch)
+                shown = {"loss": f"{terms['loss']:.3f}"}
+                if progress.best_epoch:
+                    shown["best"] = f"{progress.best_score:.4f}@{progress.best_epoch}"
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
+                if progress.epoch % config.save_every == 0:
+                    self._save_state()
+        if self.held_out is not None and not progress.best_epoch:  # fewer epochs than `every`
+            self._validate()
+
+    def _stopped(self) -> bool:
+        patience = self.config.validation.patience
+        return self.held_out is not None and 0 < patience <= self.progress.stale
+
+    def _train_epoch(self) -> dict[str, float]:
+        """One pass over the training items in a new random order; the mean of each loss term."""
+        self.method.train()
+        order = torch.randperm(len(self.train), generator=self.shuffle)
+        batches = list(order.split(self.config.batch_size))
+        if len(batches) > 1 and len(batches[-1]) < 2:  # a loss over pairs needs two items
+            batches[-2:] = [torch.cat(batches[-2:])]
+        total: dict[str, torch.Tensor] = {}
+        for number, rows in enumerate(batches):
+            rows = rows.to(self.device)
+            batch = Batch(self.inputs.take(rows), self.labels[rows], rows)
+            done = self.progress.epoch + number / len(batches)
+            set_rate(self.optimizer, self.config.optim, done / self.config.epochs)
+            terms = self.method.loss(batch)
+            loss = torch.stack(list(terms.values())).sum()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if self.config.optim.clip:
+                torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip)
+            self.optimizer.step()
+            if self.mean is not None:
+                self.mean.update(self.method)
+            for name, value in {**terms, "loss": loss}.items():
+                total[name] = total.get(name, 0) + value.detach()
+        self.method.after_epoch()
+        means = {name: float(value) / len(batches) for name, value in total.items()}
+        if not all(map(_is_finite, means.values())):
+            bad = ", ".join(n for n, v in means.items() if not _is_finite(v))
+            raise VhablError(
+                f"epoch {self.progress.epoch + 1}: found a loss that is not finite ({bad}); "
+                f"expected finite losses: lower optim.lr or set optim.clip"
+            )
+        return means
+
+    def _validate(self) -> float:
+        assert self.held_out is not None
+        score = validation_score(self._finished_copy(), self.held_out, self.config.bits)
+        progress = self.progress
+        if score > progress.best_score:
+            progress.best_score, progress.best_epoch, progress.stale = score, progress.epoch, 0
+        else:
+            progress.stale += 1
+        return score
+
+    def _finished_copy(self) -> HashingMethod:
+        """The method as it would be saved now: averaged weights, calibrated, in evaluation mode."""
+        method = copy.deepcopy(self.mean.model if self.mean is not None else self.method)
+        method.eval()
+        method.calibrate(batches_in_order(self.train, self.device))
+        return method
+
+    # -- saved state -----------------------------------------------------------------------------
+
+    def _save_state(self) -> None:
+        state = {
+            "config": to_yaml(self.config),
+            "fingerprint": self.data.fingerprint,
+            "progress": vars(self.progress),
+            "method": self.method.state_dict(),
+            "mean": None if self.mean is None else self.mean.model.state_dict(),
+            "mean_updates": 0 if self.mean is None else self.mean.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "shuffle": self.shuffle.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        with atomic_path(self.state_path) as path:
+            torch.save(state, path)
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """The saved state, or None where there is none. Raises VhablError where it does not fit."""
+        if not self.state_path.exists():
+            return None
+        try:
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+            theirs, fingerprint = state["config"], state["fingerprint"]
+        except Exception as error:  # damaged bytes raise many types
+            reason = " ".join(str(error).split())[:120]
+            fail(self.state_path, f"a damaged state ({reason})", "a state saved by training")
+        difference = first_difference(theirs, self.config)
+        if difference is not None:
+            fail(f"{self.state_path}: key {difference[0]}", difference[1],
+                 f"{difference[2]}, as this command has it (or resume=false)")
+        if fingerprint != self.data.fingerprint:
+            fail(self.state_path, "a state of other data", f"the data in {self.config.data.path}")
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.method.load_state_dict(state["method"])
+        if self.mean is not None:
+            self.mean.model.load_state_dict(state["mean"])
+            self.mean.updates = state["mean_updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.shuffle.set_state(state["shuffle"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
