@@ -60,8 +60,12 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
         labels = {"L_te": first.query_labels, "L_db": first.database_labels}
     else:
         i2t, t2i = tasks["i2t"], tasks["t2i"]
-        arrays = {"q_img": i2t.query, "q_txt": t2i.query,
-                  "r_img": t2i.database, "r_txt": i2t.database}
+        arrays = {
+            "q_img": i2t.query,
+            "q_txt": t2i.query,
+            "r_img": t2i.database,
+            "r_txt": i2t.database,
+        }
         labels = {"q_l": first.query_labels, "r_l": first.database_labels}
     mat = folder / mat_name(title, first.bits, data)
     with atomic_path(mat) as path:
@@ -69,8 +73,8 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
         scipy.io.savemat(path, content, do_compression=True)
     npz = mat.with_suffix(".npz")
     with atomic_path(npz) as path, path.open("wb") as file:
-        packed: dict[str, Any] = {k: pack(v) for k, v in arrays.items()}
-        np.savez(file, bits=np.int64(first.bits), **packed, **labels)
+        packed: dict[str, Any] = {k: pack(v) for k, v in arrays.items()} | labels
+        np.savez(file, bits=np.int64(first.bits), **packed)
     return [mat, npz]
 
 
@@ -92,20 +96,31 @@ def load(path: Path) -> dict[str, Codes]:
             fail(f"{path}: key {key}", "nothing", _LAYOUT)
     query_labels, database_labels = (_labels(path, k, arrays[k]) for k in needed)
     if query_labels.shape[1] != database_labels.shape[1]:
-        fail(f"{path}: keys {needed[0]} and {needed[1]}",
-             f"{query_labels.shape[1]} and {database_labels.shape[1]} classes", "the same number")
+        fail(
+            f"{path}: keys {needed[0]} and {needed[1]}",
+            f"{query_labels.shape[1]} and {database_labels.shape[1]} classes",
+            "the same number",
+        )
     result = {}
     for task, (query_key, database_key) in tasks.items():
         query = _codes(path, query_key, arrays[query_key])
         database = _codes(path, database_key, arrays[database_key])
         if query.shape[1] != database.shape[1]:
-            fail(f"{path}: keys {query_key} and {database_key}",
-                 f"{query.shape[1]} and {database.shape[1]} bits", "the same number")
-        for key, codes, labels in ((query_key, query, query_labels),
-                                   (database_key, database, database_labels)):
+            fail(
+                f"{path}: keys {query_key} and {database_key}",
+                f"{query.shape[1]} and {database.shape[1]} bits",
+                "the same number",
+            )
+        for key, codes, labels in (
+            (query_key, query, query_labels),
+            (database_key, database, database_labels),
+        ):
             if len(codes) != len(labels):
-                fail(f"{path}: key {key}", f"{len(codes)} codes for {len(labels)} label rows",
-                     "as many")
+                fail(
+                    f"{path}: key {key}",
+                    f"{len(codes)} codes for {len(labels)} label rows",
+                    "as many",
+                )
         result[task] = Codes(query, database, query_labels, database_labels)
     return result
 
@@ -123,19 +138,29 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         fail(f"{path}: key bits", "nothing", "the code length")
     length = int(bits.reshape(-1)[0])
     for key, array in arrays.items():
-        if array.dtype == np.uint8 and array.ndim == 2 and not key.lower().startswith("l_") \
-                and not key.endswith("_l"):
+        if (
+            array.dtype == np.uint8
+            and array.ndim == 2
+            and not key.lower().startswith("l_")
+            and not key.endswith("_l")
+        ):
             if length < 1 or array.shape[1] != -(-length // 8):
-                fail(f"{path}: key {key}", f"{array.shape[1]} bytes a code",
-                     f"{-(-length // 8)} for {length} bits")
+                fail(
+                    f"{path}: key {key}",
+                    f"{array.shape[1]} bytes a code",
+                    f"{-(-length // 8)} for {length} bits",
+                )
             arrays[key] = unpack(array, length)
     return arrays
 
 
 def _codes(path: Path, key: str, values: np.ndarray) -> np.ndarray:
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-        fail(f"{path}: key {key}", f"shape {values.shape} of type {values.dtype}",
-             "numbers, items x bits")
+        fail(
+            f"{path}: key {key}",
+            f"shape {values.shape} of type {values.dtype}",
+            "numbers, items x bits",
+        )
     found = np.unique(values)
     if not (np.isin(found, (-1, 1)).all() or np.isin(found, (0, 1)).all()):
         shown = ", ".join(f"{v:g}" for v in found[~np.isin(found, (-1, 1))][:3])
@@ -145,8 +170,11 @@ def _codes(path: Path, key: str, values: np.ndarray) -> np.ndarray:
 
 def _labels(path: Path, key: str, values: np.ndarray) -> np.ndarray:
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-        fail(f"{path}: key {key}", f"shape {values.shape} of type {values.dtype}",
-             "numbers, items x classes")
+        fail(
+            f"{path}: key {key}",
+            f"shape {values.shape} of type {values.dtype}",
+            "numbers, items x classes",
+        )
     if not np.isin(values, (0, 1)).all():
         shown = values[~np.isin(values, (0, 1))].flat[0]
         fail(f"{path}: key {key}", f"value {shown:g}", "labels of 0 and 1")

@@ -31,7 +31,8 @@ def describe_os_error(error: OSError) -> str:
     if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
         return f"{where}: found no space left on the disk; expected room to write the file"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{where}: found no permission ({os.strerror(error.errno)}); expected to read and write it"
+        reason = os.strerror(error.errno)
+        return f"{where}: found no permission ({reason}); expected to read and write it"
     return f"{where}: {error.strerror or error}"
 
 

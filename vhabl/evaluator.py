@@ -113,18 +113,30 @@ def records(
                 )
             for database, part in databases.items():
                 for value in evaluate(part, measures):
-                    rows += _to_records(value, title, data.name, task, bits, seed, database)
+                    rows += to_records(value, title, data.name, task, bits, seed, database)
     return rows
 
 
-def _to_records(
+def to_records(
     value: Value, title: str, data: str, task: str, bits: int, seed: int, database: str
 ) -> list[Record]:
     """The headline record, and its twin over the queries that have a match."""
     both = ((value.measure, value.value), (f"{value.measure} (matched)", value.value_matched_only))
     return [
-        Record(title, data, task, bits, name, number, seed, value.ties, False,
-               value.queries, value.queries_without_match, database)
+        Record(
+            title,
+            data,
+            task,
+            bits,
+            name,
+            number,
+            seed,
+            value.ties,
+            False,
+            value.queries,
+            value.queries_without_match,
+            database,
+        )
         for name, number in both
     ]
 

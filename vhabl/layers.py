@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
+
+from vhabl.types import DataSpec, Inputs
 
 
 class Dropout(nn.Module):
@@ -24,7 +28,7 @@ class FeatureMLP(nn.Sequential):
 
     def __init__(self, widths: tuple[int, ...], dropout: float) -> None:
         blocks: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             blocks += [
                 nn.Linear(width_in, width_out),
                 nn.Tanh(),
@@ -52,3 +56,54 @@ class PrototypeAttention(nn.Module):
         # The items form one long query sequence, so that the prototypes are projected only once.
         context, _ = self.attention(feature[None], prototypes, prototypes, need_weights=False)
         return self.merge(torch.cat([feature, context[0]], dim=1))
+
+
+class FusedHashNet(nn.Module):
+    """Image and text to relaxed codes [B, K] in [-1, 1]: the network of VH-ABL and HIAMH.
+
+    Modality MLPs [d -> d -> hidden -> D], attention over class prototypes, then concat(2D) -> D ->
+    D (ReLU), Linear(D -> K), BatchNorm, Tanh, Linear(K -> D), ReLU, Linear(D -> K), Tanh.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        bits: int,
+        dim: int,
+        hidden: tuple[int, int],
+        heads: int,
+        dropout: float,
+        prototypes: bool,
+    ) -> None:
+        super().__init__()
+
+        def branch(width_in: int, width: int) -> nn.Sequential:
+            parts: list[nn.Module] = [FeatureMLP((width_in, width_in, width, dim), dropout)]
+            if prototypes:
+                parts.append(PrototypeAttention(dim, spec.classes, heads))
+            return nn.Sequential(*parts)
+
+        self.image = branch(spec.image_dim, hidden[0])
+        self.text = branch(spec.text_dim, hidden[1])
+        self.fusion = nn.Sequential(
+            nn.Linear(2 * dim, dim),
+            nn.ReLU(),
+            nn.Linear(dim, dim),
+            nn.ReLU(),
+            nn.Linear(dim, bits),
+            nn.BatchNorm1d(bits),
+            nn.Tanh(),
+            nn.Linear(bits, dim),
+            nn.ReLU(),
+        )
+        self.hash = nn.Linear(dim, bits)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        image, text = self.image(inputs.image), self.text(inputs.text)  # (B, D) each
+        return torch.tanh(self.hash(self.fusion(torch.cat([image, text], dim=1))))  # (B, K)
+
+    @torch.no_grad()
+    def reorder(self, order: Tensor) -> None:
+        """Permute the bits: bit i becomes what bit order[i] was."""
+        self.hash.weight.copy_(self.hash.weight[order])
+        self.hash.bias.copy_(self.hash.bias[order])

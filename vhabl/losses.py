@@ -7,6 +7,8 @@ nothing is defined (no positive pair, no label) it returns 0 with a zero gradien
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,45 @@ def weighted_similarity(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
     bits = h.shape[1]
     products = (w * h) @ h.T  # (B, B): sum_k w_ik h_ik h_jk
     return F.mse_loss((products + products.T) / (2 * bits), target)
+
+
+def nested_similarity(h: Tensor, target: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`similarity` of each leading part of the code, averaged over the lengths: early bits have
+    to be good alone (Kusupati et al., Matryoshka representation learning, NeurIPS 2022).
+    """
+    return torch.stack([similarity(h[:, :m], target) for m in lengths]).mean()
+
+
+def nested_classification(
+    h: Tensor, weight: Tensor, bias: Tensor, y: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Class prediction from each leading part of the code, averaged over the lengths.
+
+    One linear classifier (weight [C, K], bias [C]) serves all lengths m by its first m columns,
+    scaled by sqrt(K / m). Cross-entropy against the label set as a distribution; an item without
+    a label adds nothing.
+    """
+    bits = h.shape[1]
+    shares = y / y.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.stack(
+        [
+            F.cross_entropy(h[:, :m] @ weight[:, :m].T * (bits / m) ** 0.5 + bias, shares)
+            for m in lengths
+        ]
+    ).mean()
+
+
+def doubling_lengths(shortest: int, bits: int) -> list[int]:
+    """shortest, 2 shortest, 4 shortest ... below `bits`, then `bits`.
+
+    >>> doubling_lengths(8, 100)
+    [8, 16, 32, 64, 100]
+    """
+    lengths = []
+    while shortest < bits:
+        lengths.append(shortest)
+        shortest *= 2
+    return [*lengths, bits]
 
 
 def multi_similarity(

@@ -32,8 +32,11 @@ def is_hdf5(path: Path) -> bool:
     # A MATLAB 5 header is 124 bytes of text and offsets, then version 0x0100 and an endian mark.
     if len(head) >= 128 and head[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
         return False
-    fail(path, f"{len(head)} bytes that begin with {head[:8]!r}" if head else "an empty file",
-         _EXPECTED)
+    fail(
+        path,
+        f"{len(head)} bytes that begin with {head[:8]!r}" if head else "an empty file",
+        _EXPECTED,
+    )
 
 
 def read_mat(path: Path, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -52,9 +55,20 @@ def read_mat(path: Path, keys: Iterable[str] | None = None) -> dict[str, np.ndar
     except FileNotFoundError:
         raise
     # The readers raise many types on damaged bytes; none of them can be told from the others.
-    except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError, EOFError,
-            AttributeError, NotImplementedError, OverflowError, zlib.error,
-            UnicodeDecodeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        EOFError,
+        AttributeError,
+        NotImplementedError,
+        OverflowError,
+        zlib.error,
+        UnicodeDecodeError,
+    ) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         fail(path, f"a damaged or truncated file ({reason})", _EXPECTED)
 
@@ -95,7 +109,7 @@ def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
         columns = node["jc"][()]
         shape = (int(node.attrs["MATLAB_sparse"]), len(columns) - 1)
         data, rows = (node["data"][()], node["ir"][()]) if "data" in node else ([], [])
-        return np.asarray(scipy.sparse.csc_matrix((data, rows, columns), shape=shape).todense())
+        return scipy.sparse.csc_matrix((data, rows, columns), shape=shape).toarray()
     matlab_class = node.attrs.get("MATLAB_class", b"")
     if node.attrs.get("MATLAB_empty", 0):
         return np.zeros((0, 0))

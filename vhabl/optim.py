@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from vhabl.settings import OptimConfig
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -40,13 +42,13 @@ def set_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, progress: fl
         group["lr"] = group["base_lr"] * factor
 
 
-class WeightMean:
+class WeightMean(Generic[Model]):
     """Exponential running mean of a model's floating-point state.
 
     The decay rises from 0 with the number of updates, so that early weights are soon forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
         self.updates = 0
         self.model = copy.deepcopy(model).requires_grad_(False)

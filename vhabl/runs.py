@@ -1,13 +1,13 @@
 """What a run folder holds, and how it is written and read.
 
-    config.yaml          the configuration, whole
-    weights.safetensors  parameters and buffers; its header repeats the configuration and the data's
-                         widths and digest, so that the file alone is a model
-    metrics.json         a flat list of records
-    history.json         losses and validation of every epoch
-    environment.json     versions, device, git revision, command
-    tensorboard/         the same losses as scalars
-    state.pt             while training is under way: what `resume=true` goes on from
+config.yaml          the configuration, whole
+weights.safetensors  parameters and buffers; its header repeats the configuration and the data's
+                     widths and digest, so that the file alone is a model
+metrics.json         a flat list of records
+history.json         losses and validation of every epoch
+environment.json     versions, device, git revision, command
+tensorboard/         the same losses as scalars
+state.pt             while training is under way: what `resume=true` goes on from
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vhabl import methods
-from vhabl.config import Config, from_dict, to_yaml
+from vhabl.config import Config, from_yaml, to_yaml
 from vhabl.errors import VhablError, fail
 from vhabl.evaluator import Record
 from vhabl.files import PROJECT, atomic_path, write_json, write_text
@@ -37,7 +36,7 @@ from vhabl.types import Dataset, DataSpec
 
 WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.json"
-_PACKAGES = ("torch", "numpy", "scipy", "h5py", "omegaconf", "safetensors", "faiss-cpu")
+_PACKAGES = ("torch", "numpy", "scipy", "h5py", "safetensors", "faiss-cpu")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,11 @@ class Run:
 
 
 def save(
-    folder: Path, config: Config, method: HashingMethod, data: Dataset, rows: list[Record],
+    folder: Path,
+    config: Config,
+    method: HashingMethod,
+    data: Dataset,
+    rows: list[Record],
     history: list[dict[str, Any]],
 ) -> None:
     """Write a finished run. Each file is whole at any moment."""
@@ -107,19 +110,22 @@ def load(folder: Path) -> Run:
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        fail(folder, "no weights.safetensors", "the folder of a finished run"
-             + (" (resume=true goes on with this one)" if (folder / "state.pt").exists() else ""))
+        fail(
+            folder,
+            "no weights.safetensors",
+            "the folder of a finished run"
+            + (" (resume=true goes on with this one)" if (folder / "state.pt").exists() else ""),
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         spec = DataSpec(**json.loads(header["spec"]))
-        values = yaml.safe_load(header["config"])
-        fingerprint = header["fingerprint"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        text, fingerprint = header["config"], header["fingerprint"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         fail(path, f"a damaged or foreign file ({reason})", "weights saved by vhabl.train")
-    config = from_dict(values, path)
+    config = from_yaml(text, path)
     method = methods.get(config.method)(spec, config.bits, config.model)
     wrong = _mismatch(method.state_dict(), tensors)
     if wrong:
@@ -145,12 +151,14 @@ def check_data(run: Run, data: Dataset) -> None:
     if data.fingerprint == run.fingerprint:
         return
     spec = run.method.spec
-    fail(f"{run.folder / WEIGHTS_FILE}: data",
-         f"a model of {spec.name!r} (image {spec.image_dim}, text {spec.text_dim}, "
-         f"{spec.classes} classes, {spec.train_items} training items)",
-         f"one of {data.name!r} (image {data.spec.image_dim}, text {data.spec.text_dim}, "
-         f"{data.spec.classes} classes, {data.spec.train_items} training items; "
-         f"content digest {data.fingerprint[:8]})")
+    fail(
+        f"{run.folder / WEIGHTS_FILE}: data",
+        f"a model of {spec.name!r} (image {spec.image_dim}, text {spec.text_dim}, "
+        f"{spec.classes} classes, {spec.train_items} training items)",
+        f"one of {data.name!r} (image {data.spec.image_dim}, text {data.spec.text_dim}, "
+        f"{data.spec.classes} classes, {data.spec.train_items} training items; "
+        f"content digest {data.fingerprint[:8]})",
+    )
 
 
 def find(folder: Path) -> list[Path]:
@@ -159,8 +167,11 @@ def find(folder: Path) -> list[Path]:
         fail(folder, "no such folder", "a run folder, or a folder above several runs")
     found = sorted(path.parent for path in folder.rglob(WEIGHTS_FILE))
     if not found:
-        fail(folder, "no finished run (weights.safetensors)",
-             "a run folder, or a folder above several runs")
+        fail(
+            folder,
+            "no finished run (weights.safetensors)",
+            "a run folder, or a folder above several runs",
+        )
     return found
 
 
@@ -169,5 +180,7 @@ def read_records(path: Path) -> list[Record]:
     try:
         return [Record(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise VhablError(f"{path}: found content that is not a list of records ({error}); "
-                         f"expected what vhabl.train writes") from None
+        raise VhablError(
+            f"{path}: found content that is not a list of records ({error}); "
+            f"expected what vhabl.train writes"
+        ) from None

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-REQUIRED = "???"  # omegaconf's mark of a value that must be given
+REQUIRED = object()  # the default of a key that must be given
 
 
 def key(help: str, default: Any = REQUIRED) -> Any:
@@ -21,9 +20,11 @@ class DataConfig:
     name: str = key("name of the data set, used in paths and tables")
     kind: str = key("features (one .mat with I_tr ... L_te) or pairs (caption, index, label .mat)")
     path: str = key("the feature file, or the folder of the pair files")
-    scale: str = key("scaling measured on the training items: standard (each feature) | "
-                     "global (one factor a modality) | none",
-                     "standard")
+    scale: str = key(
+        "scaling measured on the training items: standard (each feature) | "
+        "global (one factor a modality) | none",
+        "standard",
+    )
     image_root: str = key("pairs: folder of the images, relative to path", "images")
     query: int = key("pairs: number of query items", 0)
     train: int = key("pairs: number of training items", 0)
@@ -42,13 +43,16 @@ class OptimConfig:
     schedule: str = key("learning rate over the epochs: constant | cosine", "constant")
     warmup: float = key("share of the steps in which the rate rises from 0", 0.0)
     clip: float = key("gradient norm is clipped to this; 0 is off", 0.0)
-    ema: float = key("decay of the running mean of the weights that is kept and used; 0 is off", 0.0)
+    ema: float = key("decay of the running mean of weights that is kept and used; 0 is off", 0.0)
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    fraction: float = key("share of the training items set aside as validation queries; "
-                          "0 trains for `epochs` without selection", 0.1)
+    fraction: float = key(
+        "share of the training items set aside as validation queries; "
+        "0 trains for `epochs` without selection",
+        0.1,
+    )
     seed: int = key("seed of the permutation that draws them", 1)
     every: int = key("epochs between two validations", 5)
     patience: int = key("validations without a better result before the search ends; 0 is never", 0)

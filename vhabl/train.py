@@ -15,14 +15,21 @@ from vhabl.types import Dataset
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vhabl.train", add_help=False,
-                                     description="Train a method from a YAML recipe.")
+    parser = argparse.ArgumentParser(
+        prog="python -m vhabl.train",
+        add_help=False,
+        description="Train a method from a YAML recipe.",
+    )
     parser.add_argument("--config", metavar="FILE", help="a recipe, such as configs/vh_abl.yaml")
     parser.add_argument("--print-config", action="store_true", help="print the result and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("-h", "--help", action="store_true", help="this help, with every key")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="dotted overrides, such as data=wiki data.path=FILE epochs=60")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted overrides, such as data=wiki data.path=FILE epochs=60",
+    )
     given = parser.parse_args(arguments)
     if given.help:
         method = load(given.config, given.overrides).method if given.config else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vhabl import methods
-from vhabl.config import Config, first_difference, to_yaml
+from vhabl.config import Config, first_difference, from_yaml, to_yaml
 from vhabl.data import validation_split
 from vhabl.errors import VhablError, fail
 from vhabl.evaluator import batches_in_order, validation_score
 from vhabl.files import atomic_path
 from vhabl.methods.base import HashingMethod
 from vhabl.optim import WeightMean, build_optimizer, set_rate
-from vhabl.types import Batch, Dataset, Split
+from vhabl.types import Batch, Dataset
 
 STATE_FILE = "state.pt"
 
@@ -101,7 +100,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.shuffle = torch.Generator().manual_seed(config.seed)
         v = config.validation
-        self.held_out = validation_split(self.data, v.fraction, v.seed) if phase == "select" else None
+        self.held_out = (
+            validation_split(self.data, v.fraction, v.seed) if phase == "select" else None
+        )
         self.train = self.held_out.train if self.held_out is not None else self.data.train
         self.epochs = config.epochs
         if phase == "final" and v.fraction > 0:
@@ -200,7 +201,7 @@ class Trainer:
 
     def _finished_copy(self) -> HashingMethod:
         """The method as it would be saved now: averaged weights, calibrated, in evaluation mode."""
-        method = copy.deepcopy(self.mean.model if self.mean is not None else self.method)
+        method: HashingMethod = copy.deepcopy(self.mean.model if self.mean else self.method)
         method.eval()
         method.calibrate(batches_in_order(self.train, self.device))
         return method
@@ -233,10 +234,13 @@ class Trainer:
         except Exception as error:  # damaged bytes raise many types
             reason = " ".join(str(error).split())[:120]
             fail(self.state_path, f"a damaged state ({reason})", "a state saved by training")
-        difference = first_difference(theirs, self.config)
+        difference = first_difference(from_yaml(theirs, self.state_path), self.config)
         if difference is not None:
-            fail(f"{self.state_path}: key {difference[0]}", difference[1],
-                 f"{difference[2]}, as this command has it (or resume=false)")
+            fail(
+                f"{self.state_path}: key {difference[0]}",
+                difference[1],
+                f"{difference[2]}, as this command has it (or resume=false)",
+            )
         if fingerprint != self.data.fingerprint:
             fail(self.state_path, "a state of other data", f"the data in {self.config.data.path}")
         return state

@@ -40,7 +40,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Batch:
-    """A training batch: inputs, labels [B, C] float32 in {0, 1}, and the items' training rows [B]."""
+    """A training batch: inputs, labels [B, C] float32 in {0, 1}, the items' training rows [B]."""
 
     inputs: Inputs
     labels: Tensor

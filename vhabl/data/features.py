@@ -55,15 +55,21 @@ def load_features(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
 
 def _features(path: Path, key: str, values: np.ndarray) -> np.ndarray:
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-        fail(f"{path}: key {key}", f"shape {values.shape} of type {values.dtype}",
-             "numbers, items x features")
+        fail(
+            f"{path}: key {key}",
+            f"shape {values.shape} of type {values.dtype}",
+            "numbers, items x features",
+        )
     result = np.ascontiguousarray(values, dtype=np.float32)
     finite = np.isfinite(result)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
-        fail(f"{path}: key {key}",
-             f"{values[row, column]} in row {row + 1}, column {column + 1}"
-             f" ({int((~finite).sum())} such values)", "finite numbers")
+        fail(
+            f"{path}: key {key}",
+            f"{values[row, column]} in row {row + 1}, column {column + 1}"
+            f" ({int((~finite).sum())} such values)",
+            "finite numbers",
+        )
     return result
 
 
@@ -71,8 +77,11 @@ def _labels(path: Path, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Labels of all roles as 0/1 matrices over one set of classes."""
     for role, values in parts.items():
         if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-            fail(f"{path}: key L_{role}", f"shape {values.shape} of type {values.dtype}",
-                 "numbers, items x classes, or one column of class numbers")
+            fail(
+                f"{path}: key L_{role}",
+                f"shape {values.shape} of type {values.dtype}",
+                "numbers, items x classes, or one column of class numbers",
+            )
     if all(1 in v.shape for v in parts.values()) and max(v.max() for v in parts.values()) > 1:
         return _from_class_numbers(path, {r: v.reshape(-1) for r, v in parts.items()})
     widths = {f"L_{role}": v.shape[1] for role, v in parts.items()}
@@ -83,9 +92,11 @@ def _labels(path: Path, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         wrong = ~np.isin(values, (0, 1))
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
-            fail(f"{path}: key L_{role}",
-                 f"{values[row, column]:g} in row {row + 1}, column {column + 1}",
-                 "labels of 0 and 1, or one column of class numbers from 1")
+            fail(
+                f"{path}: key L_{role}",
+                f"{values[row, column]:g} in row {row + 1}, column {column + 1}",
+                "labels of 0 and 1, or one column of class numbers from 1",
+            )
     return {role: values.astype(np.uint8) for role, values in parts.items()}
 
 
@@ -94,8 +105,11 @@ def _from_class_numbers(path: Path, parts: dict[str, np.ndarray]) -> dict[str, n
         wrong = ~np.isfinite(values) | (values != np.floor(values)) | (values < 1) | (values > 1e5)
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
-            fail(f"{path}: key L_{role}", f"{values[row]:g} in row {row + 1}",
-                 "one column of whole class numbers that begin at 1")
+            fail(
+                f"{path}: key L_{role}",
+                f"{values[row]:g} in row {row + 1}",
+                "one column of whole class numbers that begin at 1",
+            )
     classes = int(max(v.max() for v in parts.values()))
     one_hot = np.eye(classes, dtype=np.uint8)
     return {role: one_hot[v.astype(np.int64) - 1] for role, v in parts.items()}
@@ -103,7 +117,9 @@ def _from_class_numbers(path: Path, parts: dict[str, np.ndarray]) -> dict[str, n
 
 def _content_ids(image: np.ndarray, text: np.ndarray) -> np.ndarray:
     """Ids from the features' bytes: equal rows in two splits are taken for the same item."""
-    return np.array([
-        hashlib.blake2b(i.tobytes() + t.tobytes(), digest_size=16).hexdigest()
-        for i, t in zip(image, text, strict=True)
-    ])
+    return np.array(
+        [
+            hashlib.blake2b(i.tobytes() + t.tobytes(), digest_size=16).hexdigest()
+            for i, t in zip(image, text, strict=True)
+        ]
+    )

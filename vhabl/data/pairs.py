@@ -46,17 +46,29 @@ def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
     images = [_first_text(path / "index.mat", i) for i in columns["index"].reshape(-1)]
     labels = columns["label"]
     if labels.ndim != 2 or labels.dtype.kind not in "fiub" or not np.isin(labels, (0, 1)).all():
-        fail(f"{path / 'label.mat'}: key label", f"shape {labels.shape} of type {labels.dtype}"
-             " or values other than 0 and 1", "items x classes of 0 and 1")
+        fail(
+            f"{path / 'label.mat'}: key label",
+            f"shape {labels.shape} of type {labels.dtype} or values other than 0 and 1",
+            "items x classes of 0 and 1",
+        )
     if not len(captions) == len(images) == len(labels):
-        fail(path, f"{len(captions)} captions, {len(images)} images and {len(labels)} label rows",
-             "as many of each")
+        fail(
+            path,
+            f"{len(captions)} captions, {len(images)} images and {len(labels)} label rows",
+            "as many of each",
+        )
     if config.class_names and len(config.class_names) != labels.shape[1]:
-        fail("key data.class_names", f"{len(config.class_names)} names",
-             f"{labels.shape[1]}, as label.mat has columns")
+        fail(
+            "key data.class_names",
+            f"{len(config.class_names)} names",
+            f"{labels.shape[1]}, as label.mat has columns",
+        )
     if config.query < 1 or config.train < 2 or config.query + config.train > len(labels):
-        fail("keys data.query and data.train", f"{config.query} and {config.train}",
-             f"at least 1 and 2, together at most the {len(labels)} items")
+        fail(
+            "keys data.query and data.train",
+            f"{config.query} and {config.train}",
+            f"at least 1 and 2, together at most the {len(labels)} items",
+        )
 
     order = np.random.RandomState(config.split_seed).permutation(len(labels))
     query, train = order[: config.query], order[config.query : config.query + config.train]
@@ -91,8 +103,10 @@ def _image_features(folder: Path, names: list[str]) -> np.ndarray:
         except FileNotFoundError:
             fail(path, "no such file", "the image that index.mat names")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise VhablError(f"{path}: found an image that cannot be read ({error}); "
-                             f"expected a whole JPEG or PNG") from None
+            raise VhablError(
+                f"{path}: found an image that cannot be read ({error}); "
+                f"expected a whole JPEG or PNG"
+            ) from None
 
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(describe, paths))).astype(np.float32)
@@ -113,8 +127,11 @@ def _bag_of_words(captions: list[str], train: np.ndarray, min_count: int) -> np.
     counts = Counter(word for row in train for word in bags[row])
     vocabulary = {w: i for i, w in enumerate(sorted(w for w in counts if counts[w] >= min_count))}
     if not vocabulary:
-        fail("key data.min_count", f"{min_count}, which no word of the training captions reaches",
-             "a smaller number")
+        fail(
+            "key data.min_count",
+            f"{min_count}, which no word of the training captions reaches",
+            "a smaller number",
+        )
     result = np.zeros((len(captions), len(vocabulary)), np.float32)
     for row, bag in enumerate(bags):
         result[row, [vocabulary[w] for w in bag if w in vocabulary]] = 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from vhabl import losses
 from vhabl.encoders import FeatureScaling
 from vhabl.errors import fail
-from vhabl.layers import FeatureMLP, PrototypeAttention
+from vhabl.layers import FusedHashNet
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
@@ -29,7 +28,8 @@ class Weights:
     similarity: float = key("MSE between the cosine of codes and the labels' similarity", 1.0)
     classification: float = key("class prediction from all bits", 1.0)
     importance: float = key("the similarity with every bit weighted by its importance", 1.0)
-    nested: float = key("similarity and class prediction on ranked prefixes", 1.0)
+    nested: float = key("similarity on ranked prefixes", 1.0)
+    nested_classes: float = key("class prediction from ranked prefixes", 1.0)
     multi_similarity: float = key("multi-similarity loss on mined pairs", 0.01)
     contrast: float = key("contrast of a code against the class centres", 0.01)
     centre: float = key("separation of the class centres", 0.01)
@@ -38,7 +38,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Settings:
+class VHABLSettings:
     dim: int = key("width D of the modality features", 256)
     image_hidden: int = key("width of the image branch's hidden layer", 2048)
     text_hidden: int = key("width of the text branch's hidden layer", 1024)
@@ -54,60 +54,43 @@ class Settings:
 class VHABL(HashingMethod):
     title = "VH-ABL"
     task = "fused"
-    Settings = Settings
+    Settings = VHABLSettings
 
-    def __init__(self, spec: DataSpec, bits: list[int], settings: Settings) -> None:
+    importance: Tensor  # [K] mean weight of each bit; falls from bit to bit once calibrated
+
+    def __init__(self, spec: DataSpec, bits: list[int], settings: VHABLSettings) -> None:
         super().__init__(spec, bits, settings)
-        dim, k = settings.dim, self.bits
+        k = self.bits
         self.scaling = FeatureScaling(spec)
-        self.image = FeatureMLP(
-            (spec.image_dim, spec.image_dim, settings.image_hidden, dim), settings.dropout
+        self.net = FusedHashNet(
+            spec,
+            k,
+            settings.dim,
+            (settings.image_hidden, settings.text_hidden),
+            settings.heads,
+            settings.dropout,
+            settings.prototypes,
         )
-        self.text = FeatureMLP(
-            (spec.text_dim, spec.text_dim, settings.text_hidden, dim), settings.dropout
-        )
-        if settings.prototypes:
-            self.image_attention = PrototypeAttention(dim, spec.classes, settings.heads)
-            self.text_attention = PrototypeAttention(dim, spec.classes, settings.heads)
-        self.fusion = nn.Sequential(
-            nn.Linear(2 * dim, dim),
-            nn.ReLU(),
-            nn.Linear(dim, dim),
-            nn.ReLU(),
-            nn.Linear(dim, k),
-            nn.BatchNorm1d(k),
-            nn.Tanh(),
-            nn.Linear(k, dim),
-            nn.ReLU(),
-        )
-        self.hash = nn.Linear(dim, k)
         self.classifier = nn.Linear(k, spec.classes)
         self.centres = nn.Parameter(torch.randn(spec.classes, k) / k**0.5)
-        self.importance_net = nn.Sequential(
-            nn.Linear(k, max(1, k // 2)), nn.ReLU(), nn.Linear(max(1, k // 2), k)
-        )
-        self.importance: Tensor  # mean weight of each bit; falls from bit to bit once calibrated
+        self.importance_in = nn.Linear(k, max(1, k // 2))
+        self.importance_out = nn.Linear(max(1, k // 2), k)
         self.register_buffer("importance", torch.ones(k))
-        self.prefixes = doubling_lengths(settings.shortest, k)
+        self.prefixes = losses.doubling_lengths(settings.shortest, k)
 
     @classmethod
-    def check_settings(cls, settings: Settings) -> None:
+    def check_settings(cls, settings: VHABLSettings) -> None:
         if settings.target not in losses.TARGETS:
             fail("key model.target", repr(settings.target), " or ".join(losses.TARGETS))
-        if settings.dim % settings.heads:
+        if settings.heads < 1 or settings.dim % settings.heads:
             fail("key model.heads", str(settings.heads), f"a divisor of model.dim {settings.dim}")
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        inputs = self.scaling(inputs)
-        image, text = self.image(inputs.image), self.text(inputs.text)  # (B, D) each
-        if self.settings.prototypes:
-            image, text = self.image_attention(image), self.text_attention(text)
-        fused = self.fusion(torch.cat([image, text], dim=1))  # (B, D)
-        return {"fused": torch.tanh(self.hash(fused))}  # (B, K)
+        return {"fused": self.net(self.scaling(inputs))}
 
     def bit_weights(self, h: Tensor) -> Tensor:
         """Importance of each bit for each item: positive, mean 1 over bits, [B, K]."""
-        w = F.softplus(self.importance_net(h))
+        w = F.softplus(self.importance_out(F.relu(self.importance_in(h))))
         return w / w.mean(dim=1, keepdim=True)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -118,28 +101,22 @@ class VHABL(HashingMethod):
         with torch.no_grad():
             self.importance.lerp_(w.mean(dim=0), 1 - self.settings.momentum)
             order = self.importance.argsort(descending=True)
+        ranked = h[:, order]
+        columns, bias = self.classifier.weight[:, order], self.classifier.bias
         centres = torch.tanh(self.centres)
         return {
             "similarity": weight.similarity * losses.similarity(h, target),
-            "classification": weight.classification
-            * F.binary_cross_entropy_with_logits(self.classifier(h), y),
+            "classification": weight.classification * losses.classification(self.classifier(h), y),
             "importance": weight.importance * losses.weighted_similarity(h, w, target),
-            "nested": weight.nested * self.nested(h[:, order], order, target, y),
+            "nested": weight.nested * losses.nested_similarity(ranked, target, self.prefixes),
+            "nested_classes": weight.nested_classes
+            * losses.nested_classification(ranked, columns, bias, y, self.prefixes),
             "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),
             "contrast": weight.contrast * losses.centre_contrast(h, centres, y),
             "centre": weight.centre * losses.centre_separation(centres),
             "bce": weight.bce * losses.centre_bce(h, centres, y),
             "decorrelation": weight.decorrelation * losses.decorrelation(h),
         }
-
-    def nested(self, h: Tensor, order: Tensor, target: Tensor, y: Tensor) -> Tensor:
-        """Similarity and class prediction, averaged over ranked prefixes (Kusupati et al. 2022)."""
-        columns = self.classifier.weight[:, order]  # (C, K)
-        terms = []
-        for m in self.prefixes:
-            logits = h[:, :m] @ columns[:, :m].T * (self.bits / m) ** 0.5 + self.classifier.bias
-            terms.append(losses.similarity(h[:, :m], target) + F.cross_entropy(logits, y))
-        return torch.stack(terms).mean()
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
@@ -155,26 +132,12 @@ class VHABL(HashingMethod):
 
     @torch.no_grad()
     def reorder(self, order: Tensor) -> None:
-        """Permute the bits of the model: bit i becomes what bit order[i] was."""
-        self.hash.weight.copy_(self.hash.weight[order])
-        for tensor in (self.hash.bias, self.importance):
-            tensor.copy_(tensor[order])
+        """Permute the bits of the whole model: bit i becomes what bit order[i] was."""
+        self.net.reorder(order)
+        self.importance.copy_(self.importance[order])
         for tensor in (self.classifier.weight, self.centres):
             tensor.copy_(tensor[:, order])
-        first, last = self.importance_net[0], self.importance_net[2]
+        first, last = self.importance_in, self.importance_out
         first.weight.copy_(first.weight[:, order])
         last.weight.copy_(last.weight[order])
         last.bias.copy_(last.bias[order])
-
-
-def doubling_lengths(shortest: int, bits: int) -> list[int]:
-    """shortest, 2 shortest, 4 shortest ... below `bits`, then `bits`.
-
-    >>> doubling_lengths(8, 100)
-    [8, 16, 32, 64, 100]
-    """
-    lengths = []
-    while shortest < bits:
-        lengths.append(shortest)
-        shortest *= 2
-    return [*lengths, bits]

@@ -51,6 +51,6 @@ def _markdown(lines: list[list[str]]) -> str:
     return "\n".join(text)
 
 
-def print_table(rows: Sequence[Record], measure: str = "mAP@all") -> None:
-    print(f"{measure}, exact expectation over ties; queries without a match count as 0")
-    print(table(rows, measure))
+def print_table(rows: Sequence[Record], measure: str = "mAP@all", ties: str = "expected") -> None:
+    print(f"{measure}, {ties} order of ties; queries without a match count as 0")
+    print(table(rows, measure, ties))

@@ -1,0 +1,40 @@
+"""Packaging of vhabl. The README's table gives the reason for each dependency."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="vhabl",
+    version="0.1.0",
+    description="Binary codes for image-text pairs: five hashing methods, exact evaluation, search",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["vhabl", "vhabl.*"]),
+    install_requires=[
+        "torch>=2.4,<2.14",
+        "numpy>=1.26,<3",
+        "scipy>=1.11,<2",
+        "h5py>=3.10,<4",
+        "pyyaml>=6,<7",
+        "safetensors>=0.4,<1",
+        "pillow>=10",
+        "tqdm>=4.60",
+        "tensorboard>=2.14,<3",
+        "matplotlib>=3.8,<4",
+        "faiss-cpu>=1.8,<2",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8,<10",
+            "hypothesis>=6.90,<7",
+            "ruff>=0.8",
+            "mypy>=1.13,<3",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+        "emoji": ["uharfbuzz>=0.39"],
+    },
+)

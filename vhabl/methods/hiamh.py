@@ -1,0 +1,104 @@
+"""HIAMH: hierarchical importance-aware multi-modal hashing (fused).
+
+"Higher bit, mightier clout": one positive weight for each bit, falling from the first bit to the
+last, is learned with the codes. Codes are ordered by it from the start, so one model serves every
+length by prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vhabl import losses
+from vhabl.encoders import FeatureScaling
+from vhabl.errors import fail
+from vhabl.layers import FusedHashNet
+from vhabl.methods.base import HashingMethod
+from vhabl.settings import key
+from vhabl.types import Batch, DataSpec, Inputs
+
+
+@dataclass(frozen=True)
+class Weights:
+    similarity: float = key("the labels' similarity by inner products weighted by bit", 1.0)
+    nested: float = key("the labels' similarity on prefixes", 1.0)
+    contrast: float = key("contrast of prefixes against the class centres", 1.0)
+    centre: float = key("separation of the class centres", 0.01)
+    multi_similarity: float = key("multi-similarity loss on mined pairs", 0.01)
+    decorrelation: float = key("decorrelated and balanced bits", 0.1)
+
+
+@dataclass(frozen=True)
+class HIAMHSettings:
+    dim: int = key("width D of the modality features", 256)
+    image_hidden: int = key("width of the image branch's hidden layer", 2048)
+    text_hidden: int = key("width of the text branch's hidden layer", 1024)
+    heads: int = key("heads of the attention over class prototypes", 4)
+    dropout: float = key("dropout in the modality branches", 0.01)
+    prototypes: bool = key("attend over learned class prototypes", True)
+    target: str = key("similarity of label sets: sigmoid (as released) | cosine", "cosine")
+    shortest: int = key("shortest prefix with a loss of its own; the next ones double", 8)
+    weights: Weights = Weights()
+
+
+class HIAMH(HashingMethod):
+    title = "HIAMH"
+    task = "fused"
+    Settings = HIAMHSettings
+
+    def __init__(self, spec: DataSpec, bits: list[int], settings: HIAMHSettings) -> None:
+        super().__init__(spec, bits, settings)
+        k = self.bits
+        self.scaling = FeatureScaling(spec)
+        self.net = FusedHashNet(
+            spec,
+            k,
+            settings.dim,
+            (settings.image_hidden, settings.text_hidden),
+            settings.heads,
+            settings.dropout,
+            settings.prototypes,
+        )
+        self.theta = nn.Parameter(0.25 + torch.randn(k) / k)  # as the release starts its weights
+        self.centres = nn.Parameter(torch.randn(spec.classes, k) / k**0.5)
+        self.bias = nn.Parameter(torch.zeros(spec.classes))
+        self.prefixes = losses.doubling_lengths(settings.shortest, k)
+
+    @classmethod
+    def check_settings(cls, settings: HIAMHSettings) -> None:
+        if settings.target not in losses.TARGETS:
+            fail("key model.target", repr(settings.target), " or ".join(losses.TARGETS))
+        if settings.heads < 1 or settings.dim % settings.heads:
+            fail("key model.heads", str(settings.heads), f"a divisor of model.dim {settings.dim}")
+
+    def embed(self, inputs: Inputs) -> dict[str, Tensor]:
+        return {"fused": self.net(self.scaling(inputs))}
+
+    def bit_weights(self) -> Tensor:
+        """Weight of each bit: positive, falling, mean 1: [K].
+
+        The reverse cumulative sum of softplus(theta) is ordered whatever theta is.
+        """
+        w = F.softplus(self.theta).flip(0).cumsum(0).flip(0)
+        return w / w.mean()
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        y, weight = batch.labels, self.settings.weights
+        target = losses.TARGETS[self.settings.target](y)
+        h = self.embed(batch.inputs)["fused"]
+        centres = torch.tanh(self.centres)
+        return {
+            # w sums to K, so this is H diag(w) H^T / sum(w) against the target
+            "similarity": weight.similarity
+            * losses.weighted_similarity(h, self.bit_weights(), target),
+            "nested": weight.nested * losses.nested_similarity(h, target, self.prefixes),
+            "contrast": weight.contrast
+            * losses.nested_classification(h, centres, self.bias, y, self.prefixes),
+            "centre": weight.centre * losses.centre_separation(centres),
+            "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),
+            "decorrelation": weight.decorrelation * losses.decorrelation(h),
+        }

@@ -1,0 +1,63 @@
+"""A plain two-branch MLP with nested similarity terms: the baseline that importance must beat.
+
+No importance, no attention, no class prediction: prefixes of 8, 16, 32 ... bits are trained to
+have the similarity of the labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vhabl import losses
+from vhabl.encoders import FeatureScaling
+from vhabl.errors import fail
+from vhabl.layers import Dropout
+from vhabl.methods.base import HashingMethod
+from vhabl.settings import key
+from vhabl.types import Batch, DataSpec, Inputs
+
+
+@dataclass(frozen=True)
+class NestedMLPSettings:
+    dim: int = key("width of both branches and of the joint layer", 512)
+    dropout: float = key("dropout after every hidden layer", 0.4)
+    target: str = key("similarity of label sets: sigmoid | cosine", "cosine")
+    shortest: int = key("shortest prefix with a loss of its own; the next ones double", 8)
+
+
+class NestedMLP(HashingMethod):
+    title = "Nested MLP"
+    task = "fused"
+    Settings = NestedMLPSettings
+
+    def __init__(self, spec: DataSpec, bits: list[int], settings: NestedMLPSettings) -> None:
+        super().__init__(spec, bits, settings)
+        dim = settings.dim
+
+        def layer(width: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(width, dim), nn.BatchNorm1d(dim), nn.ReLU(), Dropout(settings.dropout)
+            )
+
+        self.scaling = FeatureScaling(spec)
+        self.image, self.text = layer(spec.image_dim), layer(spec.text_dim)
+        self.head = nn.Sequential(layer(2 * dim), nn.Linear(dim, self.bits), nn.Tanh())
+        self.prefixes = losses.doubling_lengths(settings.shortest, self.bits)
+
+    @classmethod
+    def check_settings(cls, settings: NestedMLPSettings) -> None:
+        if settings.target not in losses.TARGETS:
+            fail("key model.target", repr(settings.target), " or ".join(losses.TARGETS))
+
+    def embed(self, inputs: Inputs) -> dict[str, Tensor]:
+        inputs = self.scaling(inputs)
+        joint = torch.cat([self.image(inputs.image), self.text(inputs.text)], dim=1)  # (B, 2D)
+        return {"fused": self.head(joint)}  # (B, K)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        target = losses.TARGETS[self.settings.target](batch.labels)
+        h = self.embed(batch.inputs)["fused"]
+        return {"nested": losses.nested_similarity(h, target, self.prefixes)}
