@@ -393,10 +393,11 @@ def test_loss_and_gradient_are_always_finite(name: str, batch: str, dtype: torch
 
 
 def test_a_duplicate_is_no_positive_pair() -> None:
-    """Equal codes of one class have nothing to learn from each other, whatever else is there."""
-    case = make_case([[1, 0], [1, 0], [0, 1]], torch.float32)
-    twins = case.h[[0, 0, 2]]
-    assert losses.multi_similarity(twins, case.y) == 0
+    """Equal codes of one class have nothing to learn from each other, however near a negative."""
+    twin = torch.tensor([0.5, -0.5, 0.9])
+    h = torch.stack([twin, twin, twin + 0.1])
+    y = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert losses.multi_similarity(h, y) == 0
 
 
 def test_one_class_has_nothing_to_separate() -> None:

@@ -503,14 +503,7 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("column", "bits"),
-    [
-        pytest.param(0, 16),
-        pytest.param(1, 32, marks=pytest.mark.slow),
-        pytest.param(2, 64, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("column", "bits"), [(0, 16), (1, 32), (2, 64)])
 def test_published_codes_have_their_known_values(column: int, bits: int) -> None:
     path = PUBLISHED / f"Ours_{bits}-flickr25k_bits.mat"
     if not path.is_file():

@@ -1,0 +1,793 @@
+"""MATLAB files of both versions, feature files and image-text pairs, whole and damaged."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tracemalloc
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+import scipy.sparse
+from PIL import Image
+
+from tests.mat73 import write_mat73
+from vhabl.data import load, validation_split, without
+from vhabl.data.features import load_features
+from vhabl.data.pairs import load_pairs, words
+from vhabl.errors import VhablError
+from vhabl.matfile import is_hdf5, read_mat
+from vhabl.settings import DataConfig
+from vhabl.types import Split
+
+PROJECT = Path(__file__).resolve().parents[1]
+EMOJI = PROJECT / "dataset" / "emoji"
+WIKI = PROJECT.parent / "shared" / "data" / "wiki"
+ROWS = {"tr": 5, "db": 6, "te": 3}
+KEYS = [f"{part}_{role}" for role in ROWS for part in "ITL"]
+
+Write = Callable[[Path, dict[str, Any]], None]
+
+
+def cell_column(content: list[Any]) -> np.ndarray:
+    """A list as the cell array that savemat writes: N x 1, lists in it as cells in cells."""
+    cells = np.empty((len(content), 1), object)
+    for row, value in enumerate(content):
+        cells[row, 0] = cell_column(value) if isinstance(value, list) else value
+    return cells
+
+
+def write_mat5(path: Path, variables: dict[str, Any], compress: bool = False) -> None:
+    content = {k: cell_column(v) if isinstance(v, list) else v for k, v in variables.items()}
+    with path.open("wb") as file:  # given a path, savemat would add .mat to other names
+        scipy.io.savemat(file, content, do_compression=compress)
+
+
+def write_mat5_compressed(path: Path, variables: dict[str, Any]) -> None:
+    write_mat5(path, variables, compress=True)
+
+
+def write_mat73_bare(path: Path, variables: dict[str, Any]) -> None:
+    write_mat73(path, variables, header=False)
+
+
+WRITERS: dict[str, Write] = {
+    "5": write_mat5,
+    "5 compressed": write_mat5_compressed,
+    "7.3": write_mat73,
+    "7.3 without header": write_mat73_bare,
+}
+BOTH: dict[str, Write] = {"5": write_mat5, "7.3": write_mat73}
+each_version = pytest.mark.parametrize("write", BOTH.values(), ids=BOTH)
+
+
+def feature_arrays() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for role, rows in ROWS.items():
+        arrays[f"I_{role}"] = rng.normal(size=(rows, 4))
+        arrays[f"T_{role}"] = (rng.random((rows, 2)) < 0.5).astype(np.uint8)
+        arrays[f"L_{role}"] = np.eye(3, dtype=np.uint8)[np.arange(rows) % 3]
+    return arrays
+
+
+def features_config(path: Path | str = "f.mat") -> DataConfig:
+    return DataConfig(name="own", kind="features", path=str(path))
+
+
+def assert_fails(call: Callable[[], Any], path: Path, parts: list[str]) -> None:
+    with pytest.raises(VhablError) as caught:
+        call()
+    message = str(caught.value)
+    for part in (str(path), "found", "expected", *parts):
+        assert part in message, message
+
+
+def assert_equal_splits(found: tuple[Split, ...], expected: tuple[Split, ...]) -> None:
+    for split, other in zip(found, expected, strict=True):
+        for name in ("ids", "image", "text", "labels"):
+            array, own = getattr(split, name), getattr(other, name)
+            assert array.dtype == own.dtype
+            np.testing.assert_array_equal(array, own, err_msg=name)
+
+
+# Variables of MATLAB files
+
+GRID = np.arange(6).reshape(2, 3)  # not square: a forgotten transposition shows
+HALF_EMPTY = np.array([[0.0, 1.5, 0.0], [2.5, 0.0, 0.0]])
+NUMBERS: dict[str, tuple[Any, Any]] = {  # what is written, what is read
+    "double": (GRID / 7, GRID / 7),
+    "single": (GRID.astype(np.float32), GRID),
+    "int16": (GRID.astype(np.int16) - 3, GRID - 3),
+    "uint8": (GRID.astype(np.uint8), GRID),
+    "int64": (GRID.astype(np.int64), GRID),
+    "logical": (GRID % 2 == 0, GRID % 2 == 0),
+    "scalar": (np.array([[7.0]]), [[7]]),
+    "row": (GRID[:1].astype(float), [[0, 1, 2]]),
+    "column": (GRID[:, :1].astype(float), [[0], [3]]),
+    "sparse": (scipy.sparse.csc_matrix(HALF_EMPTY), HALF_EMPTY),
+    "sparse logical": (scipy.sparse.csc_matrix(HALF_EMPTY > 0), HALF_EMPTY > 0),
+    "sparse zeros": (scipy.sparse.csc_matrix((2, 3)), np.zeros((2, 3))),
+    "three ways": (np.arange(24.0).reshape(2, 3, 4), np.arange(24.0).reshape(2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_are_read_as_written(tmp_path: Path, write: Write, kind: str) -> None:
+    written, expected = NUMBERS[kind]
+    path = tmp_path / "x.mat"
+    write(path, {"x": written})
+    found = read_mat(path)
+    assert list(found) == ["x"]
+    assert type(found["x"]) is np.ndarray and found["x"].dtype.kind in "fiub"
+    np.testing.assert_array_equal(found["x"], expected)
+
+
+TEXTS: dict[str, tuple[Any, list[Any]]] = {
+    "one text": ("a dog", ["a dog"]),
+    "cells": (["a dog", "two cats"], ["a dog", "two cats"]),
+    "one cell": (["a dog"], ["a dog"]),
+    "empty cell": (["a dog", "", "cat"], ["a dog", "", "cat"]),
+    "letters of the world": (
+        ["São Tomé", "日本", "\U0001f600"],
+        ["São Tomé", "日本", "\U0001f600"],
+    ),
+    "rows of a char matrix": (np.array(["dog", "a cat"]), ["dog  ", "a cat"]),
+}
+
+
+@each_version
+@pytest.mark.parametrize("kind", TEXTS)
+def test_texts_are_read_as_written(tmp_path: Path, write: Write, kind: str) -> None:
+    written, expected = TEXTS[kind]
+    path = tmp_path / "x.mat"
+    write(path, {"x": written})
+    found = read_mat(path)["x"]
+    assert found.reshape(-1).tolist() == expected
+    assert all(isinstance(text, str) for text in found.reshape(-1))
+
+
+def test_cells_keep_their_orientation(tmp_path: Path) -> None:
+    shapes = []
+    for write in BOTH.values():
+        path = tmp_path / "x.mat"
+        write(path, {"x": ["a", "b", "c"]})
+        shapes.append(read_mat(path)["x"].shape)
+    assert shapes == [(3, 1), (3, 1)]
+
+
+@each_version
+def test_only_the_keys_asked_for_are_read(tmp_path: Path, write: Write) -> None:
+    path = tmp_path / "x.mat"
+    write(path, {"x": GRID, "y": GRID, "s": {"a": GRID}})
+    assert list(read_mat(path, ["y", "z"])) == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("write", "hdf5"), [(write_mat5, False), (write_mat73, True), (write_mat73_bare, True)]
+)
+@pytest.mark.parametrize("name", ["x.mat", "x.h5", "x.hdf5", "x"])
+def test_the_content_tells_the_version_not_the_name(
+    tmp_path: Path, write: Write, hdf5: bool, name: str
+) -> None:
+    path = tmp_path / name
+    write(path, {"x": GRID})
+    assert is_hdf5(path) is hdf5
+    np.testing.assert_array_equal(read_mat(path)["x"], GRID)
+
+
+def test_a_big_endian_file_is_read(tmp_path: Path) -> None:
+    """By hand: header, then one 2 x 1 double matrix 'x' of [1, 2] in big-endian order."""
+
+    def element(kind: int, content: bytes) -> bytes:
+        size = len(content)
+        return kind.to_bytes(4, "big") + size.to_bytes(4, "big") + content + bytes(-size % 8)
+
+    matrix = (
+        element(6, (6).to_bytes(4, "big") + bytes(4))
+        + element(5, (2).to_bytes(4, "big") + (1).to_bytes(4, "big"))
+        + element(1, b"x")
+        + element(9, np.array([1.0, 2.0], ">f8").tobytes())
+    )
+    path = tmp_path / "x.mat"
+    path.write_bytes(
+        b"MATLAB 5.0 MAT-file".ljust(116) + bytes(8) + b"\x01\x00MI" + element(14, matrix)
+    )
+    assert read_mat(path)["x"].tolist() == [[1], [2]]
+
+
+def zip_bytes() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("I_tr.csv", "1,2,3\n" * 100)
+    return file.getvalue()
+
+
+FOREIGN = {
+    "empty": (b"", "an empty file"),
+    "text": (b"I_tr,T_tr\n" * 100, "I_tr"),
+    "short text": (b"1 2 3", "5 bytes"),
+    "png": (b"\x89PNG\r\n\x1a\n" + bytes(1000), "PNG"),
+    "zip": (zip_bytes(), "PK"),
+    "zeros": (bytes(1000), "bytes that begin with"),
+    "header of 7.3 alone": (b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM", "MATLAB"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_file_is_named(tmp_path: Path, name: str) -> None:
+    content, found = FOREIGN[name]
+    path = tmp_path / "f.mat"
+    path.write_bytes(content)
+    assert_fails(lambda: read_mat(path), path, [found, "MATLAB 5 or 7.3"])
+
+
+def test_a_folder_and_no_file_are_named(tmp_path: Path) -> None:
+    assert_fails(lambda: read_mat(tmp_path), tmp_path, ["a folder"])
+    path = tmp_path / "absent.mat"
+    assert_fails(lambda: read_mat(path), path, ["no such file"])
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_file_cut_at_any_place_is_named(tmp_path: Path, write: Write) -> None:
+    whole, path = tmp_path / "whole.mat", tmp_path / "cut.mat"
+    # Doubles: a cut in the padding after bytes would lose nothing.
+    write(whole, {k: v.astype(np.float64) for k, v in feature_arrays().items()})
+    content = whole.read_bytes()
+    step = max(1, len(content) // 300)
+    for cut in (*range(0, len(content), step), len(content) - 1):
+        path.write_bytes(content[:cut])
+        assert_fails(lambda: load_features(path, features_config()), path, [])
+
+
+def test_damaged_bytes_of_hdf5_give_arrays_or_a_message(tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.mat", tmp_path / "damaged.mat"
+    write_mat73(whole, feature_arrays())
+    content = whole.read_bytes()
+    for place in range(0, len(content), max(1, len(content) // 300)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged number may be too large for float32
+            try:
+                load_features(path, features_config())
+            except VhablError as error:
+                assert str(path) in str(error)
+
+
+def test_damaged_compressed_data_is_named(tmp_path: Path) -> None:
+    """Places in the numbers alone: scipy can crash on damaged sizes."""
+    path = tmp_path / "damaged.mat"
+    write_mat5_compressed(path, {"x": np.random.default_rng(0).normal(size=(40, 40))})
+    content = path.read_bytes()
+    for place in range(len(content) // 2, len(content) - 100, 400):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        assert_fails(lambda: read_mat(path), path, ["damaged"])
+
+
+def test_a_damaged_class_of_an_array_is_named(tmp_path: Path) -> None:
+    """Byte 144 is the class of the first variable; scipy's own code fails on an unknown one."""
+    path = tmp_path / "damaged.mat"
+    write_mat5(path, {"x": GRID})
+    content = bytearray(path.read_bytes())
+    content[144] ^= 0xFF
+    path.write_bytes(content)
+    assert_fails(lambda: read_mat(path), path, ["damaged"])
+
+
+def test_a_structure_in_hdf5_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.mat"
+    write_mat73(path, {"x": {"a": GRID}})
+    assert_fails(lambda: read_mat(path), path, ["x is a structure"])
+
+
+# Feature files
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_features_become_splits(tmp_path: Path, write: Write) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    write(path, arrays)
+    splits = load_features(path, features_config())
+    for split, role in zip(splits, ("tr", "db", "te"), strict=True):
+        assert len(split) == ROWS[role]
+        assert (split.image.dtype, split.text.dtype) == (np.float32, np.float32)
+        assert split.labels.dtype == np.uint8
+        np.testing.assert_array_equal(split.image, arrays[f"I_{role}"].astype(np.float32))
+        np.testing.assert_array_equal(split.text, arrays[f"T_{role}"])
+        np.testing.assert_array_equal(split.labels, arrays[f"L_{role}"])
+
+
+FORMS: dict[str, Callable[[np.ndarray], Any]] = {
+    "double": lambda a: a.astype(np.float64),
+    "single": lambda a: a.astype(np.float32),
+    "int32": lambda a: a.astype(np.int32),
+    "logical": lambda a: a > 0,
+    "sparse": lambda a: scipy.sparse.csc_matrix(a.astype(np.float64)),
+}
+
+
+@each_version
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_same_numbers_gives_the_same_splits(
+    tmp_path: Path, write: Write, form: str
+) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    write_mat5(path, arrays)
+    expected = load_features(path, features_config())
+    changed = {k: v if k[0] == "I" else FORMS[form](v) for k, v in arrays.items()}
+    write(path, changed)
+    assert_equal_splits(load_features(path, features_config()), expected)
+
+
+COLUMNS: dict[str, Callable[[np.ndarray, str], Any]] = {
+    "N x 1": lambda c, role: c[:, None],
+    "1 x N": lambda c, role: c[None, :],
+    "both": lambda c, role: c[None, :] if role == "te" else c[:, None],
+    "double": lambda c, role: c[:, None].astype(np.float64),
+}
+
+
+@each_version
+@pytest.mark.parametrize("form", COLUMNS)
+def test_class_numbers_give_the_labels_that_one_hot_gives(
+    tmp_path: Path, write: Write, form: str
+) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    write(path, arrays)
+    expected = load_features(path, features_config())
+    for role, rows in ROWS.items():
+        arrays[f"L_{role}"] = COLUMNS[form]((np.arange(rows) % 3 + 1).astype(np.uint8), role)
+    write(path, arrays)
+    assert_equal_splits(load_features(path, features_config()), expected)
+
+
+def test_a_class_that_queries_alone_have_is_a_class_of_all(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    for role, rows in ROWS.items():
+        arrays[f"L_{role}"] = np.ones((rows, 1))
+    arrays["L_te"][2] = 4
+    write_mat5(path, arrays)
+    train, _, query = load_features(path, features_config())
+    assert train.labels.tolist() == [[1, 0, 0, 0]] * 5
+    assert query.labels.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+def test_a_large_class_number_takes_no_square_of_memory(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    for role, rows in ROWS.items():
+        arrays[f"L_{role}"] = np.full((rows, 1), 40_000)
+    write_mat5(path, arrays)
+    tracemalloc.start()
+    try:
+        query = load_features(path, features_config())[2]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert query.labels.shape == (3, 40_000) and query.labels.sum() == 3
+    assert peak < 100e6
+
+
+def test_one_query_with_one_hot_labels_is_no_row_of_class_numbers(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    for part in "ITL":
+        arrays[f"{part}_te"] = arrays[f"{part}_te"][1:2]
+    write_mat5(path, arrays)
+    query = load_features(path, features_config())[2]
+    assert query.labels.tolist() == [[0, 1, 0]]
+
+
+def test_ids_follow_the_content(tmp_path: Path) -> None:
+    """So that "the database without the training items" is exact."""
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    for part in "IT":
+        arrays[f"{part}_db"][1:3] = arrays[f"{part}_tr"][3:5]
+    arrays["I_db"][4] = arrays["I_tr"][0]  # the image alone is not the item
+    arrays["T_db"][4] = 1 - arrays["T_tr"][0]
+    write_mat5(path, arrays)
+    train, database, _ = load_features(path, features_config())
+    assert database.ids[1:3].tolist() == train.ids[3:5].tolist()
+    np.testing.assert_array_equal(without(database, train).image, database.image[[0, 3, 4, 5]])
+
+
+def set_value(key: str, value: float) -> dict[str, Any]:
+    arrays = feature_arrays()
+    arrays[key] = arrays[key].astype(np.float64)
+    arrays[key][1, 0] = value
+    return arrays
+
+
+def set_labels(change: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    columns = {f"L_{r}": change(np.arange(n)[:, None] % 3 + 1.0) for r, n in ROWS.items()}
+    return feature_arrays() | columns
+
+
+BAD_FEATURES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "fewer image rows": (
+        feature_arrays() | {"I_te": np.ones((2, 4))},
+        ["2 rows in I_te", "3 rows in T_te", "3 rows in L_te"],
+    ),
+    "fewer text rows": (
+        feature_arrays() | {"T_tr": np.ones((4, 2))},
+        ["5 rows in I_tr", "4 rows in T_tr", "5 rows in L_tr"],
+    ),
+    "fewer label rows": (
+        feature_arrays() | {"L_db": np.ones((5, 3))},
+        ["6 rows in I_db", "6 rows in T_db", "5 rows in L_db"],
+    ),
+    "image widths": (
+        feature_arrays() | {"I_te": np.ones((3, 5))},
+        ["4 columns in I_tr", "4 columns in I_db", "5 columns in I_te"],
+    ),
+    "text widths": (
+        feature_arrays() | {"T_db": np.ones((6, 1))},
+        ["2 columns in T_tr", "1 columns in T_db", "2 columns in T_te"],
+    ),
+    "label widths": (
+        feature_arrays() | {"L_tr": np.ones((5, 2))},
+        ["2 columns in L_tr", "3 columns in L_db", "3 columns in L_te"],
+    ),
+    "nan": (set_value("I_db", np.nan), ["I_db", "nan in row 2, column 1", "1 such value"]),
+    "infinity": (set_value("T_te", np.inf), ["T_te", "inf in row 2, column 1", "finite"]),
+    "beyond single": (set_value("I_tr", 1e300), ["I_tr", "1e+300 in row 2", "finite"]),
+    "label 2": (set_value("L_tr", 2), ["L_tr", "2 in row 2, column 1", "0 and 1"]),
+    "label half": (set_value("L_te", 0.5), ["L_te", "0.5 in row 2, column 1", "0 and 1"]),
+    "label negative": (set_value("L_db", -1), ["L_db", "-1 in row 2, column 1", "0 and 1"]),
+    "label nan": (set_value("L_db", np.nan), ["L_db", "nan in row 2, column 1", "0 and 1"]),
+    "classes from 0": (set_labels(lambda c: c - 1), ["L_tr", "0 in row 1", "begin at 1"]),
+    "fractional class": (set_labels(lambda c: c + 0.5), ["L_tr", "1.5 in row 1", "whole"]),
+    "class nan": (
+        feature_arrays() | set_labels(lambda c: c) | {"L_te": np.array([[1], [np.nan], [2]])},
+        ["L_te", "nan in row 2"],
+    ),
+    "class of another kind": (set_labels(lambda c: c * 1e6), ["L_tr", "row 1", "class numbers"]),
+    "no items": (feature_arrays() | {"I_tr": np.zeros((0, 4))}, ["I_tr", "items x features"]),
+    "no features": (feature_arrays() | {"T_te": np.zeros((3, 0))}, ["T_te", "items x features"]),
+    "no labels": (feature_arrays() | {"L_te": np.zeros((3, 0))}, ["L_te", "items x classes"]),
+    "text for numbers": (feature_arrays() | {"I_tr": "features"}, ["I_tr", "items x features"]),
+    "texts for labels": (feature_arrays() | {"L_db": ["cat", "dog"]}, ["L_db", "items x classes"]),
+    "structure": (feature_arrays() | {"T_db": {"a": GRID}}, ["T_db", "a"]),
+    "three ways": (feature_arrays() | {"I_tr": np.ones((5, 2, 2))}, ["I_tr", "(5, 2, 2)"]),
+}
+
+
+@each_version
+@pytest.mark.parametrize("name", BAD_FEATURES)
+@pytest.mark.filterwarnings("error")  # the message says it all
+def test_bad_features_are_named(tmp_path: Path, write: Write, name: str) -> None:
+    arrays, parts = BAD_FEATURES[name]
+    path = tmp_path / "f.mat"
+    write(path, arrays)
+    assert_fails(lambda: load_features(path, features_config()), path, parts)
+
+
+@each_version
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_key_is_named(tmp_path: Path, write: Write, key: str) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    del arrays[key]
+    write(path, {**arrays, "more": GRID})
+    assert_fails(lambda: load_features(path, features_config()), path, [f"key {key}:", "more"])
+
+
+def test_wiki_is_the_same_in_both_versions() -> None:
+    paths = [WIKI / "wiki_sift_twt.mat", WIKI / "wiki_sift_twt_v73.mat"]
+    for path in paths:
+        if not path.is_file():
+            pytest.skip(f"{path.name} is not part of the project and is not beside it")
+    v5, v73 = (load_features(path, features_config()) for path in paths)
+    assert_equal_splits(v5, v73)
+    train, database, query = v5
+    assert (len(train), len(database), len(query)) == (2173, 2173, 693)
+    assert (train.image.shape[1], train.text.shape[1], train.labels.shape[1]) == (128, 10, 10)
+    fingerprints = {load(features_config(path)).fingerprint for path in paths}
+    assert len(fingerprints) == 1
+
+
+# The data set as a whole
+
+
+def test_items_without_a_label_are_reported(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    arrays["L_db"][[0, 2]] = 0
+    arrays["L_te"][1] = 0
+    write_mat5(path, arrays)
+    found = load(features_config(path))
+    assert found.notes == ("database: 2 items without a label", "query: 1 item without a label")
+    assert len(found.database) == 6
+    write_mat5(path, feature_arrays())
+    assert load(features_config(path)).notes == ()
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("features", "I_tr"), ("pairs", "caption.mat")])
+def test_a_missing_data_set_says_where_it_comes_from(
+    tmp_path: Path, kind: str, layout: str
+) -> None:
+    path = tmp_path / "absent"
+    config = DataConfig(name="own", kind=kind, path=str(path), source="a page")
+    assert_fails(lambda: load(config), path, ["own", "source: a page", layout, "data.path="])
+
+
+def test_fingerprint_follows_the_content_not_the_file(tmp_path: Path) -> None:
+    prints = []
+    for number, (write, key) in enumerate(
+        [
+            (write_mat5, ""),
+            (write_mat73, ""),
+            (write_mat5, "I_tr"),
+            (write_mat5, "T_te"),
+            (write_mat5, "L_db"),
+        ]
+    ):
+        path, arrays = tmp_path / f"{number}.mat", feature_arrays()
+        if key:
+            arrays[key][0, 0] = 1 - arrays[key][0, 0]
+        write(path, arrays)
+        prints.append(load(features_config(path)).fingerprint)
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+
+
+def test_validation_queries_come_from_the_training_items(tmp_path: Path) -> None:
+    path = tmp_path / "f.mat"
+    write_mat5(path, feature_arrays())
+    whole = load(features_config(path))
+    found = validation_split(whole, 0.4, seed=1)
+    assert len(found.query) == 2 and len(found.train) == 3
+    assert found.database is found.train
+    assert sorted([*found.query.ids, *found.train.ids]) == sorted(whole.train.ids)
+    again = validation_split(whole, 0.4, seed=1)
+    assert again.query.ids.tolist() == found.query.ids.tolist()
+
+
+# Image-text pairs
+
+CAPTIONS = ["red dog", "red cat", "blue dog", "blue bird", "red bird", "green cat", "odd one"]
+
+
+def write_pairs(
+    folder: Path,
+    write: Write = write_mat5,
+    captions: list[Any] | None = None,
+    keys: tuple[str, str, str] = ("caption", "index", "label"),
+    labels: Any = None,
+) -> Path:
+    """A folder of pairs with small pictures of one colour each."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    captions = CAPTIONS if captions is None else captions
+    names = [f"images/{i}.png" for i in range(len(captions))]
+    for i, name in enumerate(names):
+        Image.new("RGB", (8, 8), (30 * i, 255 - 30 * i, 100)).save(folder / name)
+    if labels is None:
+        labels = np.eye(2, dtype=np.uint8)[np.arange(len(captions)) % 2]
+    write(folder / "caption.mat", {keys[0]: captions})
+    write(folder / "index.mat", {keys[1]: names})
+    write(folder / "label.mat", {keys[2]: labels})
+    return folder
+
+
+def pairs_config(**changes: Any) -> DataConfig:
+    settings = {"query": 2, "train": 3, "min_count": 1} | changes
+    return DataConfig(name="own", kind="pairs", path="pairs", **settings)
+
+
+def by_id(splits: tuple[Split, ...], name: str) -> dict[str, list[float]]:
+    """Features of all items by id: the database and the queries are all there are."""
+    _, database, query = splits
+    return {
+        str(i): row.tolist()
+        for split in (database, query)
+        for i, row in zip(split.ids, getattr(split, name), strict=True)
+    }
+
+
+def test_pairs_become_splits(tmp_path: Path) -> None:
+    splits = load_pairs(write_pairs(tmp_path / "p"), pairs_config())
+    train, database, query = splits
+    order = np.random.RandomState(1).permutation(7)  # the releases' legacy permutation, seed 1
+    names = np.array([f"images/{i}.png" for i in range(7)])
+    assert query.ids.tolist() == names[order[:2]].tolist()
+    assert train.ids.tolist() == names[order[2:5]].tolist()
+    assert database.ids.tolist() == names[order[2:]].tolist()
+    vocabulary = sorted({w for row in order[2:5] for w in CAPTIONS[row].split()})
+    for split, rows in ((train, order[2:5]), (database, order[2:]), (query, order[:2])):
+        expected = [[float(w in CAPTIONS[r].split()) for w in vocabulary] for r in rows]
+        assert split.text.tolist() == expected
+        assert split.labels.tolist() == np.eye(2)[rows % 2].tolist()
+        assert (split.image.dtype, split.text.dtype) == (np.float32, np.float32)
+    distinct = {tuple(row) for row in by_id(splits, "image").values()}
+    assert len(distinct) == 7, "each item has its own image's features"
+
+
+def test_another_seed_draws_other_queries(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p")
+    first, again, other = (load_pairs(folder, pairs_config(split_seed=s)) for s in (1, 1, 3))
+    assert_equal_splits(first, again)
+    assert first[2].ids.tolist() != other[2].ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("caption", "index", "label"),
+        ("tags", "imgs", "category"),
+        ("YAll", "FAll", "LAll"),
+        ("caption", "index", "labels"),
+    ],
+)
+@each_version
+def test_pairs_are_the_same_under_every_name_and_version(
+    tmp_path: Path, write: Write, keys: tuple[str, str, str]
+) -> None:
+    expected = load_pairs(write_pairs(tmp_path / "p"), pairs_config())
+    folder = write_pairs(tmp_path / "q", write, keys=keys)
+    assert_equal_splits(load_pairs(folder, pairs_config()), expected)
+
+
+@each_version
+@pytest.mark.parametrize("form", ["cells in cells", "char matrices"])
+def test_of_several_captions_the_first_is_used(tmp_path: Path, write: Write, form: str) -> None:
+    several: dict[str, list[Any]] = {
+        "cells in cells": [[c, "another text"] for c in CAPTIONS],
+        "char matrices": [np.array([c, "another text"]) for c in CAPTIONS],
+    }
+    expected = load_pairs(write_pairs(tmp_path / "p"), pairs_config())
+    folder = write_pairs(tmp_path / "q", write, captions=several[form])
+    assert_equal_splits(load_pairs(folder, pairs_config()), expected)
+
+
+def test_words_below_the_count_are_left_out(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p", captions=["a b", "a c", "a b d", "a", "a", "a", "a"])
+    wide = load_pairs(folder, pairs_config(min_count=1, train=5))[0]
+    narrow = load_pairs(folder, pairs_config(min_count=5, train=5))[0]
+    assert wide.text.shape[1] > narrow.text.shape[1] == 1
+
+
+def test_words_of_a_caption() -> None:
+    assert words("The dog's BALL, 2 cats_and  Zoë—don’t!") == [
+        "the",
+        "dog's",
+        "ball",
+        "2",
+        "cats",
+        "and",
+        "zoë",
+        "don’t",
+    ]
+
+
+def test_words_come_from_training_captions_alone(tmp_path: Path) -> None:
+    """New words in a query's caption change nothing for any other item, nor the query's width."""
+    folder = write_pairs(tmp_path / "p")
+    before = load_pairs(folder, pairs_config())
+    changed = shutil.copytree(folder, tmp_path / "q")
+    query = before[2].ids[0]
+    captions = list(CAPTIONS)
+    captions[int(Path(query).stem)] = "unheard words red aardvark"
+    write_mat5(changed / "caption.mat", {"caption": captions})
+    old, new = (by_id(s, "text") for s in (before, load_pairs(changed, pairs_config())))
+    assert old.keys() == new.keys()
+    assert {k: v for k, v in old.items() if k != query} == {
+        k: v for k, v in new.items() if k != query
+    }
+    assert len(new[query]) == len(old[query]) and new[query] != old[query]
+
+
+def test_a_training_caption_does_change_the_words(tmp_path: Path) -> None:
+    """The counterpart: without it the test above could not fail."""
+    folder = write_pairs(tmp_path / "p")
+    before = load_pairs(folder, pairs_config())
+    captions = list(CAPTIONS)
+    captions[int(Path(before[0].ids[0]).stem)] = "unheard words entirely"
+    write_mat5(folder / "caption.mat", {"caption": captions})
+    after = load_pairs(folder, pairs_config())
+    assert after[0].text.shape[1] != before[0].text.shape[1]
+
+
+def rewrite(name: str, variables: dict[str, Any]) -> Callable[[Path], None]:
+    return lambda folder: write_mat5(folder / name, variables)
+
+
+BAD_PAIRS: dict[str, tuple[Callable[[Path], None], dict[str, Any], list[str]]] = {
+    "no captions": (lambda p: (p / "caption.mat").unlink(), {}, ["caption.mat", "no such file"]),
+    "no labels": (lambda p: (p / "label.mat").unlink(), {}, ["label.mat", "no such file"]),
+    "other key": (rewrite("index.mat", {"paths": ["a"]}), {}, ["index.mat", "index or imgs"]),
+    "fewer captions": (
+        rewrite("caption.mat", {"caption": ["a", "b"]}),
+        {},
+        ["2 captions, 7 images and 7 label rows"],
+    ),
+    "numbers for captions": (
+        rewrite("caption.mat", {"caption": [np.ones((2, 2))] * 7}),
+        {},
+        ["caption.mat", "texts"],
+    ),
+    "class numbers": (
+        rewrite("label.mat", {"label": np.arange(7)[:, None]}),
+        {},
+        ["label.mat", "0 and 1"],
+    ),
+    "label texts": (rewrite("label.mat", {"label": ["cat"] * 7}), {}, ["label.mat", "0 and 1"]),
+    "no image": (lambda p: (p / "images" / "3.png").unlink(), {}, ["3.png", "no such file"]),
+    "text as image": (
+        lambda p: replace_bytes(p / "images" / "3.png", lambda b: b"text"),
+        {},
+        ["3.png", "cannot be read"],
+    ),
+    "cut image": (
+        lambda p: replace_bytes(p / "images" / "3.png", lambda b: b[: len(b) // 2]),
+        {},
+        ["3.png", "cannot be read"],
+    ),
+    "other folder": (lambda p: None, {"image_root": "pictures"}, ["pictures", "no such file"]),
+    "class names": (
+        lambda p: None,
+        {"class_names": ["a", "b", "c"]},
+        ["data.class_names", "3 names", "2"],
+    ),
+    "no query": (lambda p: None, {"query": 0}, ["data.query", "0 and 3"]),
+    "one to train on": (lambda p: None, {"train": 1}, ["data.train", "2 and 1"]),
+    "too many": (lambda p: None, {"train": 6}, ["data.train", "2 and 6", "7 items"]),
+    "rare words": (lambda p: None, {"min_count": 9}, ["data.min_count", "9"]),
+}
+
+
+def replace_bytes(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_pairs_are_named(tmp_path: Path, name: str) -> None:
+    damage, changes, parts = BAD_PAIRS[name]
+    folder = write_pairs(tmp_path / "p")
+    damage(folder)
+    with pytest.raises(VhablError) as caught:
+        load_pairs(folder, pairs_config(**changes))
+    message = str(caught.value)
+    for part in ("found", "expected", *parts):
+        assert part in message, message
+
+
+def test_shipped_emoji_set_loads() -> None:
+    found = load(
+        DataConfig(
+            name="emoji", kind="pairs", path="dataset/emoji", query=200, train=1000, class_names=[]
+        )
+    )
+    train, database, query = found.train, found.database, found.query
+    assert (len(query), len(train), len(database)) == (200, 1000, 1640)
+    assert set(train.ids) <= set(database.ids)
+    assert not set(query.ids) & set(database.ids)
+    assert len(set(database.ids) | set(query.ids)) == 1840
+    for split in (train, database, query):
+        assert np.isfinite(split.image).all() and np.isfinite(split.text).all()
+        assert set(np.unique(split.text)) == {0, 1}
+        assert (split.labels.sum(axis=1) > 0).all()
+    assert len(without(database, train)) == 640
+    assert found.notes == ()
+
+
+def test_helper_writes_what_matlab_writes(tmp_path: Path) -> None:
+    """The reader is tested on these files: they must have MATLAB's header, turn and classes."""
+    path = tmp_path / "x.mat"
+    write_mat73(path, {"x": GRID.astype(float), "c": ["a dog"], "s": NUMBERS["sparse"][0]})
+    head = path.read_bytes()[:520]
+    assert head.startswith(b"MATLAB 7.3 MAT-file") and head[124:128] == b"\x00\x02IM"
+    assert head[512:] == b"\x89HDF\r\n\x1a\n"
+    with h5py.File(path) as file:
+        assert file["x"].shape == (3, 2)
+        assert file["x"].attrs["MATLAB_class"] == b"double"
+        assert file["c"].attrs["MATLAB_class"] == b"cell"
+        assert file[file["c"][0, 0]].attrs["MATLAB_class"] == b"char"
+        assert file["s"].attrs["MATLAB_sparse"] == 2 and set(file["s"]) == {"data", "ir", "jc"}
