@@ -185,6 +185,8 @@ def test_codes_of_other_programs_load(
     arrays = fused_arrays()
     for key in ("val_B", "retrieval_B"):
         arrays[key] = as_published(arrays[key])
+    for key in ("L_te", "L_db"):
+        arrays[key] = arrays[key].astype(np.float32)
     write(path, arrays)
     assert_equal_tasks(codes.load(path), fused_tasks())
 

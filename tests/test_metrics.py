@@ -420,10 +420,10 @@ def test_measure_by_hand(
 
 
 def test_named_measures_use_their_cut_offs() -> None:
-    """One relevant item at rank 100, one at 101, one at 5000, one at 5001, no ties."""
+    """Relevant items at ranks 100, 101, 5000 and 5001; a hundred at distance 2, then all at 3."""
     ranks = np.array([100, 101, 5000, 5001])
     items = 5002
-    distance = np.arange(items)[None, :]
+    distance = np.where(np.arange(items) < 100, 2, 3)[None, :]
     relevant = np.isin(np.arange(1, items + 1), ranks)[None, :]
     found = Ranking(relevant, relevant.astype(np.int32), distance)
     precisions = np.array([1 / 100, 2 / 101, 3 / 5000, 4 / 5001])
@@ -434,7 +434,7 @@ def test_named_measures_use_their_cut_offs() -> None:
         "mAP@5000/min": precisions[:3].sum() / 4,
         "mAP@first-5000-relevant": precisions.mean(),
         "precision@100": 1 / 100,
-        "precision within radius 2": 0.0,
+        "precision within radius 2": 1 / 100,
         "NDCG@100": 1 / math.log2(101) / ideal,
     }
     ranked = [m for m in MEASURES if m.of_ranking is not None]

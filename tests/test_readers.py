@@ -364,6 +364,16 @@ def test_a_class_that_queries_alone_have_is_a_class_of_all(tmp_path: Path) -> No
     assert query.labels.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
 
 
+def test_one_column_of_0_and_1_is_one_class(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    for role, rows in ROWS.items():
+        arrays[f"L_{role}"] = np.arange(rows)[:, None] % 2
+    write_mat5(path, arrays)
+    found = load(features_config(path))
+    assert found.query.labels.tolist() == [[0], [1], [0]]
+    assert "query: 2 items without a label" in found.notes
+
+
 def test_a_large_class_number_takes_no_square_of_memory(tmp_path: Path) -> None:
     path, arrays = tmp_path / "f.mat", feature_arrays()
     for role, rows in ROWS.items():
@@ -452,6 +462,10 @@ BAD_FEATURES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["L_te", "nan in row 2"],
     ),
     "class of another kind": (set_labels(lambda c: c * 1e6), ["L_tr", "row 1", "class numbers"]),
+    "columns and one-hot": (
+        set_labels(lambda c: c) | {"L_te": np.eye(3)},
+        ["1 columns in L_tr", "1 columns in L_db", "3 columns in L_te"],
+    ),
     "no items": (feature_arrays() | {"I_tr": np.zeros((0, 4))}, ["I_tr", "items x features"]),
     "no features": (feature_arrays() | {"T_te": np.zeros((3, 0))}, ["T_te", "items x features"]),
     "no labels": (feature_arrays() | {"L_te": np.zeros((3, 0))}, ["L_te", "items x classes"]),

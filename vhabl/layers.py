@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from vhabl.errors import fail
+from vhabl.settings import key
 from vhabl.types import DataSpec, Inputs
 
 
@@ -23,15 +26,18 @@ class Dropout(nn.Module):
         return x * ((torch.rand_like(x) >= self.rate).to(x.dtype) / (1 - self.rate))
 
 
-class FeatureMLP(nn.Sequential):
-    """Linear, Tanh, BatchNorm, Dropout for each pair of neighbouring widths: [B, w0] -> [B, wn]."""
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
-    def __init__(self, widths: tuple[int, ...], dropout: float) -> None:
+
+class FeatureMLP(nn.Sequential):
+    """Linear, activation, BatchNorm, Dropout for each pair of widths: [B, w0] -> [B, wn]."""
+
+    def __init__(self, widths: tuple[int, ...], dropout: float, activation: str) -> None:
         blocks: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             blocks += [
                 nn.Linear(width_in, width_out),
-                nn.Tanh(),
+                ACTIVATIONS[activation](),
                 nn.BatchNorm1d(width_out),
                 Dropout(dropout),
             ]
@@ -58,6 +64,29 @@ class PrototypeAttention(nn.Module):
         return self.merge(torch.cat([feature, context[0]], dim=1))
 
 
+@dataclass(frozen=True)
+class FusedNetSettings:
+    dim: int = key("width D of the modality features", 256)
+    image_hidden: int = key("width of the image branch's hidden layer", 2048)
+    text_hidden: int = key("width of the text branch's hidden layer", 1024)
+    heads: int = key("heads of the attention over class prototypes", 4)
+    dropout: float = key("dropout in the modality branches", 0.01)
+    activation: str = key("activation of the branches: tanh (as released) | relu", "tanh")
+    prototypes: bool = key("attend over learned class prototypes", True)
+
+    def check(self) -> None:
+        """Raise VhablError where a value cannot be used."""
+        if self.activation not in ACTIVATIONS:
+            fail("key model.net.activation", repr(self.activation), " or ".join(ACTIVATIONS))
+        if not 0 <= self.dropout < 1:
+            fail("key model.net.dropout", str(self.dropout), "0 up to below 1")
+        for name in ("dim", "image_hidden", "text_hidden"):
+            if getattr(self, name) < 1:
+                fail(f"key model.net.{name}", str(getattr(self, name)), "a width of at least 1")
+        if self.heads < 1 or self.dim % self.heads:
+            fail("key model.net.heads", str(self.heads), f"a divisor of model.net.dim {self.dim}")
+
+
 class FusedHashNet(nn.Module):
     """Image and text to relaxed codes [B, K] in [-1, 1]: the network of VH-ABL and HIAMH.
 
@@ -65,26 +94,20 @@ class FusedHashNet(nn.Module):
     D (ReLU), Linear(D -> K), BatchNorm, Tanh, Linear(K -> D), ReLU, Linear(D -> K), Tanh.
     """
 
-    def __init__(
-        self,
-        spec: DataSpec,
-        bits: int,
-        dim: int,
-        hidden: tuple[int, int],
-        heads: int,
-        dropout: float,
-        prototypes: bool,
-    ) -> None:
+    def __init__(self, spec: DataSpec, bits: int, settings: FusedNetSettings) -> None:
         super().__init__()
+        dim = settings.dim
 
         def branch(width_in: int, width: int) -> nn.Sequential:
-            parts: list[nn.Module] = [FeatureMLP((width_in, width_in, width, dim), dropout)]
-            if prototypes:
-                parts.append(PrototypeAttention(dim, spec.classes, heads))
+            parts: list[nn.Module] = [
+                FeatureMLP((width_in, width_in, width, dim), settings.dropout, settings.activation)
+            ]
+            if settings.prototypes:
+                parts.append(PrototypeAttention(dim, spec.classes, settings.heads))
             return nn.Sequential(*parts)
 
-        self.image = branch(spec.image_dim, hidden[0])
-        self.text = branch(spec.text_dim, hidden[1])
+        self.image = branch(spec.image_dim, settings.image_hidden)
+        self.text = branch(spec.text_dim, settings.text_hidden)
         self.fusion = nn.Sequential(
             nn.Linear(2 * dim, dim),
             nn.ReLU(),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vhabl.codes import binarise
 from vhabl.encoders import FeatureScaling
 from vhabl.errors import fail
+from vhabl.losses import TARGETS
 from vhabl.types import Batch, DataSpec, Inputs
 
 
@@ -77,3 +78,11 @@ class HashingMethod(nn.Module, ABC):
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Called once after training with the training items in order. Default: nothing."""
+
+
+def check_nesting(target: str, shortest: int) -> None:
+    """Check the two settings that every method with nested similarity terms has."""
+    if target not in TARGETS:
+        fail("key model.target", repr(target), " or ".join(TARGETS))
+    if shortest < 1:
+        fail("key model.shortest", str(shortest), "a code length of at least 1")

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from vhabl import losses
 from vhabl.encoders import FeatureScaling
-from vhabl.errors import fail
-from vhabl.layers import FusedHashNet
-from vhabl.methods.base import HashingMethod
+from vhabl.layers import FusedHashNet, FusedNetSettings
+from vhabl.methods.base import HashingMethod, check_nesting
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
 
@@ -34,12 +33,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class HIAMHSettings:
-    dim: int = key("width D of the modality features", 256)
-    image_hidden: int = key("width of the image branch's hidden layer", 2048)
-    text_hidden: int = key("width of the text branch's hidden layer", 1024)
-    heads: int = key("heads of the attention over class prototypes", 4)
-    dropout: float = key("dropout in the modality branches", 0.01)
-    prototypes: bool = key("attend over learned class prototypes", True)
+    net: FusedNetSettings = FusedNetSettings()
     target: str = key("similarity of label sets: sigmoid (as released) | cosine", "cosine")
     shortest: int = key("shortest prefix with a loss of its own; the next ones double", 8)
     weights: Weights = Weights()
@@ -54,15 +48,7 @@ class HIAMH(HashingMethod):
         super().__init__(spec, bits, settings)
         k = self.bits
         self.scaling = FeatureScaling(spec)
-        self.net = FusedHashNet(
-            spec,
-            k,
-            settings.dim,
-            (settings.image_hidden, settings.text_hidden),
-            settings.heads,
-            settings.dropout,
-            settings.prototypes,
-        )
+        self.net = FusedHashNet(spec, k, settings.net)
         self.theta = nn.Parameter(0.25 + torch.randn(k) / k)  # as the release starts its weights
         self.centres = nn.Parameter(torch.randn(spec.classes, k) / k**0.5)
         self.bias = nn.Parameter(torch.zeros(spec.classes))
@@ -70,10 +56,8 @@ class HIAMH(HashingMethod):
 
     @classmethod
     def check_settings(cls, settings: HIAMHSettings) -> None:
-        if settings.target not in losses.TARGETS:
-            fail("key model.target", repr(settings.target), " or ".join(losses.TARGETS))
-        if settings.heads < 1 or settings.dim % settings.heads:
-            fail("key model.heads", str(settings.heads), f"a divisor of model.dim {settings.dim}")
+        check_nesting(settings.target, settings.shortest)
+        settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
         return {"fused": self.net(self.scaling(inputs))}

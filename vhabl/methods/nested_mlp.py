@@ -15,7 +15,7 @@ from vhabl import losses
 from vhabl.encoders import FeatureScaling
 from vhabl.errors import fail
 from vhabl.layers import Dropout
-from vhabl.methods.base import HashingMethod
+from vhabl.methods.base import HashingMethod, check_nesting
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
 
@@ -49,8 +49,11 @@ class NestedMLP(HashingMethod):
 
     @classmethod
     def check_settings(cls, settings: NestedMLPSettings) -> None:
-        if settings.target not in losses.TARGETS:
-            fail("key model.target", repr(settings.target), " or ".join(losses.TARGETS))
+        check_nesting(settings.target, settings.shortest)
+        if settings.dim < 1:
+            fail("key model.dim", str(settings.dim), "a width of at least 1")
+        if not 0 <= settings.dropout < 1:
+            fail("key model.dropout", str(settings.dropout), "0 up to below 1")
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
         inputs = self.scaling(inputs)

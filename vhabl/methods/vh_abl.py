@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from vhabl import losses
 from vhabl.encoders import FeatureScaling
-from vhabl.errors import fail
-from vhabl.layers import FusedHashNet
-from vhabl.methods.base import HashingMethod
+from vhabl.layers import FusedHashNet, FusedNetSettings
+from vhabl.methods.base import HashingMethod, check_nesting
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
 
@@ -39,12 +38,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class VHABLSettings:
-    dim: int = key("width D of the modality features", 256)
-    image_hidden: int = key("width of the image branch's hidden layer", 2048)
-    text_hidden: int = key("width of the text branch's hidden layer", 1024)
-    heads: int = key("heads of the attention over class prototypes", 4)
-    dropout: float = key("dropout in the modality branches", 0.01)
-    prototypes: bool = key("attend over learned class prototypes", True)
+    net: FusedNetSettings = FusedNetSettings()
     target: str = key("similarity of label sets: sigmoid (as released) | cosine", "cosine")
     shortest: int = key("shortest ranked prefix with a loss of its own; the next ones double", 8)
     momentum: float = key("momentum of the running importance that ranks bits in training", 0.9)
@@ -62,15 +56,7 @@ class VHABL(HashingMethod):
         super().__init__(spec, bits, settings)
         k = self.bits
         self.scaling = FeatureScaling(spec)
-        self.net = FusedHashNet(
-            spec,
-            k,
-            settings.dim,
-            (settings.image_hidden, settings.text_hidden),
-            settings.heads,
-            settings.dropout,
-            settings.prototypes,
-        )
+        self.net = FusedHashNet(spec, k, settings.net)
         self.classifier = nn.Linear(k, spec.classes)
         self.centres = nn.Parameter(torch.randn(spec.classes, k) / k**0.5)
         self.importance_in = nn.Linear(k, max(1, k // 2))
@@ -80,10 +66,8 @@ class VHABL(HashingMethod):
 
     @classmethod
     def check_settings(cls, settings: VHABLSettings) -> None:
-        if settings.target not in losses.TARGETS:
-            fail("key model.target", repr(settings.target), " or ".join(losses.TARGETS))
-        if settings.heads < 1 or settings.dim % settings.heads:
-            fail("key model.heads", str(settings.heads), f"a divisor of model.dim {settings.dim}")
+        check_nesting(settings.target, settings.shortest)
+        settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
         return {"fused": self.net(self.scaling(inputs))}

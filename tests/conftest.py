@@ -1,0 +1,21 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import write_feature_file
+
+
+@pytest.fixture(autouse=True)
+def _inside_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test writes without a full path ends up in its own folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def feature_file(tmp_path: Path) -> Path:
+    return write_feature_file(tmp_path / "features.mat")

@@ -1,0 +1,142 @@
+"""Recipes and overrides: typed, whole, and wrong keys named with the nearest right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vhabl import methods
+from vhabl.config import (
+    CONFIG_DIR,
+    Config,
+    data_names,
+    describe_keys,
+    from_yaml,
+    key_types,
+    load,
+    load_baselines,
+    to_yaml,
+)
+from vhabl.errors import VhablError
+
+RECIPE = CONFIG_DIR / "vh_abl.yaml"
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIG_DIR.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("data", data_names())
+def test_every_recipe_fits_every_data_set(recipe: Path, data: str) -> None:
+    config = load(recipe, [f"data={data}"])
+    assert config.method == recipe.stem and config.data.name == data
+    assert from_yaml(to_yaml(config), recipe) == config
+
+
+def test_the_command_line_wins_over_the_data_entry_and_that_over_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "method: vh_abl\nepochs: 7\nbatch_size: 70\nseed: 3\n"
+        "for_data: {wiki: {batch_size: 80, seed: 4, optim: {lr: 1e-2}, model.net.dim: 32}}\n"
+    )
+    config = load(recipe, ["data=wiki", "seed=5", "model.weights.nested=2"])
+    assert (config.epochs, config.batch_size, config.seed) == (7, 80, 5)
+    assert (config.optim.lr, config.model.net.dim, config.model.weights.nested) == (0.01, 32, 2.0)
+    other = load(recipe, ["data=emoji"])
+    assert (other.batch_size, other.seed, other.model.net.dim) == (70, 3, 256)
+
+
+def test_data_overrides_apply_to_the_chosen_data_set() -> None:
+    config = load(RECIPE, ["data=wiki", "data.path=/elsewhere/x.mat"])
+    assert config.data.name == "wiki" and config.data.path == "/elsewhere/x.mat"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochz=3", r"key epochz: found an unknown key; .*did you mean epochs\?"),
+        ("lr=1", r"key lr: .*did you mean optim\.lr\?"),
+        ("model.weights.nestd=1", r"did you mean model\.weights\.nested\?"),
+        ("optim=3", r"key optim: found an unknown key"),
+        ("epochs=many", r"key epochs: found 'many'; expected a whole number"),
+        ("epochs=1.5", r"key epochs: found 1\.5; expected a whole number"),
+        ("epochs=true", r"key epochs: found True; expected a whole number"),
+        ("epochs=", r"key epochs: found ''; expected a whole number"),
+        ("epochs=null", r"key epochs: found None; expected a whole number"),
+        ("epochs=0", r"key epochs: found 0"),
+        ("resume=1", r"key resume: found 1; expected true or false"),
+        ("optim.lr=fast", r"key optim\.lr: found 'fast'; expected a number"),
+        ("optim.lr=-1", r"key optim\.lr: found -1"),
+        ("optim.lr=nan", r"key optim\.lr: found nan"),
+        ("optim.name=adm", r"key optim\.name: found 'adm'; expected adam \| adamw \| sgd"),
+        ("bits=0", r"key bits: found 0; expected code lengths from 1 to 4096"),
+        ("bits=[]", r"key bits: found \[\]; expected at least one"),
+        ("bits=[16,x]", r"key bits: found \[16, 'x'\]; expected a list of whole numbers"),
+        ("batch_size=1", r"key batch_size: found 1"),
+        ("seed=-1", r"key seed: found -1"),
+        ("data=flickr26k", r"key data: found 'flickr26k'; expected one of .*wiki"),
+        ("data.name=../up", r"key data\.name"),
+        ("data.kind=csv", r"key data\.kind: found 'csv'"),
+        ("data.scale=max", r"key data\.scale: found 'max'"),
+        ("validation.fraction=2", r"key validation\.fraction: found 2"),
+        ("method=vhabl", r"key method: found 'vhabl'; expected one of .*vh_abl"),
+        ("model.target=hard", r"key model\.target: found 'hard'"),
+        ("model.net.heads=7", r"key model\.net\.heads: found 7"),
+        ("model.net.activation=sine", r"key model\.net\.activation: found 'sine'"),
+        ("model.net.dropout=1.5", r"key model\.net\.dropout: found 1\.5"),
+        ("model.net.dim=0", r"key model\.net\.dim: found 0"),
+        ("model.shortest=0", r"key model\.shortest: found 0"),
+        ("bits", r"argument 'bits': found no key=value"),
+        ("seed=[", r"key seed: found '\['; expected a YAML value"),
+    ],
+)
+def test_a_wrong_override_names_key_value_and_expectation(override: str, message: str) -> None:
+    with pytest.raises(VhablError, match=message):
+        load(RECIPE, ["data=wiki", override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: [", "found text that is not YAML"),
+        ("- a\n- b\n", "found a list"),
+        ("", "found a NoneType"),
+        ("epochs: 3\n", "key method: found None"),
+        ("method: vh_abl\nepochs: {a: 1}\n", "key epochs.a: found an unknown key"),
+        ("method: vh_abl\nfor_data: 3\n", "key for_data: found int"),
+        ("method: !!python/object/apply:os.system ['true']\n", "not YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_named(tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(VhablError, match=message) as caught:
+        load(recipe, ["data=wiki"])
+    assert str(recipe) in str(caught.value)
+
+
+def test_missing_and_binary_recipes(tmp_path: Path) -> None:
+    with pytest.raises(VhablError, match="no such file"):
+        load(tmp_path / "none.yaml", [])
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(VhablError, match="not text"):
+        load(binary, [])
+
+
+def test_a_recipe_without_data_says_what_to_give() -> None:
+    with pytest.raises(VhablError, match=r"key data\.name: found nothing; .*data=NAME"):
+        load(RECIPE, [])
+
+
+def test_help_lists_every_key_with_meaning() -> None:
+    text = describe_keys(None)
+    for name in methods.names():
+        types = key_types(Config) | key_types(methods.get(name).Settings, "model.")
+        for key in types:
+            assert f"  {key} " in text, key
+
+
+def test_baselines_take_the_same_overrides() -> None:
+    config = load_baselines(["data=wiki", "bits=[8]", "seed=2"])
+    assert config.data.name == "wiki" and config.bits == [8] and config.seed == 2
+    with pytest.raises(VhablError, match="did you mean seed"):
+        load_baselines(["data=wiki", "sed=2"])

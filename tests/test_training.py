@@ -1,0 +1,234 @@
+"""The training loop: repeatable, resumable, selected on validation, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_config
+
+from vhabl import runs, train
+from vhabl.config import override
+from vhabl.data import load as load_data
+from vhabl.data import validation_split
+from vhabl.errors import VhablError
+from vhabl.evaluator import batches_in_order, code_tasks
+from vhabl.trainer import STATE_FILE, Trainer, pick_device
+
+
+def weights(method: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in method.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_one_seed_gives_one_model_bit_for_bit(feature_file: Path) -> None:
+    config = small_config(feature_file)
+    data = load_data(config.data)
+    first = weights(Trainer(config, data, False).run())
+    torch.rand(7)  # what was drawn before a run must not matter
+    assert same(first, weights(Trainer(config, data, False).run()))
+    other = weights(Trainer(override(config, ["seed=1"]), data, False).run())
+    assert not same(first, other)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("epochs_before", [1, 2, 3, 4, 5])
+def test_an_interrupted_run_ends_with_the_same_weights(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch, epochs_before: int, ema: float
+) -> None:
+    """Interrupted in any epoch of either phase (4 of selection, then the final ones)."""
+    config = small_config(feature_file, "vh_abl", f"optim.ema={ema}", "model.net.dropout=0.3")
+    data = load_data(config.data)
+    whole = Trainer(override(config, ["out=whole"]), data, False)
+    expected = weights(whole.run())
+
+    part = override(config, ["out=part"])
+    done = 0
+    real = Trainer._train_epoch
+
+    def dies(self: Trainer) -> dict[str, float]:
+        nonlocal done
+        if done == epochs_before:
+            raise Killed
+        done += 1
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", dies)
+    with pytest.raises(Killed):
+        Trainer(part, data, False).run()
+    monkeypatch.setattr(Trainer, "_train_epoch", real)
+    torch.rand(11)
+    resumed = Trainer(override(part, ["resume=true"]), data, False)
+    assert same(expected, weights(resumed.run()))
+    assert resumed.progress.history == whole.progress.history
+
+
+def test_resume_names_the_key_that_differs(feature_file: Path) -> None:
+    config = small_config(feature_file, "vh_abl", "out=run")
+    data = load_data(config.data)
+    Trainer(config, data, False).run()
+    assert Path("run", STATE_FILE).exists()
+    changed = override(config, ["resume=true", "optim.lr=0.5"])
+    with pytest.raises(VhablError, match=r"state.pt: key optim.lr: found .*expected 0.5"):
+        Trainer(changed, data, False).run()
+
+
+def test_resume_refuses_a_damaged_state(feature_file: Path) -> None:
+    config = small_config(feature_file, "vh_abl", "out=run")
+    data = load_data(config.data)
+    Trainer(config, data, False).run()
+    state = Path("run", STATE_FILE)
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(VhablError, match=r"state\.pt: found a damaged state"):
+        Trainer(override(config, ["resume=true"]), data, False).run()
+
+
+def test_selection_sees_only_the_validation_split(feature_file: Path) -> None:
+    """Other test queries change neither the chosen epoch nor a weight."""
+    config = small_config(feature_file)
+    data = load_data(config.data)
+    expected = Trainer(config, data, False)
+    model = weights(expected.run())
+    query = replace(data.query, image=-data.query.image, labels=1 - data.query.labels)
+    other = Trainer(config, replace(data, query=query), False)
+    assert same(model, weights(other.run()))
+    assert other.progress.best_epoch == expected.progress.best_epoch
+
+
+def test_validation_items_are_apart_from_those_trained_on(feature_file: Path) -> None:
+    data = load_data(small_config(feature_file).data)
+    held_out = validation_split(data, 0.1, 1)
+    assert len(held_out.query) == 6 and len(held_out.train) == 54
+    assert not set(held_out.query.ids) & set(held_out.train.ids)
+    assert held_out.database is held_out.train
+    again = validation_split(data, 0.1, 1)
+    assert np.array_equal(again.query.ids, held_out.query.ids)
+
+
+def test_the_final_phase_trains_for_the_epochs_chosen(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.2, 0.9, 0.4])
+    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
+    config = small_config(feature_file, "nested_mlp", "epochs=6")
+    trainer = Trainer(config, load_data(config.data), False)
+    trainer.run()
+    phases = [row["phase"] for row in trainer.progress.history]
+    assert phases.count("select") == 6 and phases.count("final") == 4
+
+
+def test_early_stop_after_patience(feature_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.5, 0.4, 0.3, 0.9])
+    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
+    config = small_config(
+        feature_file, "nested_mlp", "epochs=50", "validation.patience=2", "validation.every=1"
+    )
+    trainer = Trainer(config, load_data(config.data), False)
+    trainer.run()
+    phases = [row["phase"] for row in trainer.progress.history]
+    assert phases.count("select") == 3 and phases.count("final") == 1
+
+
+def test_scaling_is_measured_on_the_training_items_alone(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "data.scale=standard")
+    data = load_data(config.data)
+    shifted = replace(data, query=replace(data.query, image=data.query.image + 100))
+    method = Trainer(config, shifted, False).run()
+    mean = method.scaling.get_buffer("image_mean")
+    assert torch.allclose(mean, torch.from_numpy(data.train.image).mean(dim=0), atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "optim.lr=1e30", "optim.name=sgd")
+    with pytest.raises(VhablError, match="not finite"):
+        Trainer(config, load_data(config.data), False).run()
+
+
+def test_a_run_folder_is_whole_and_reloads_to_equal_codes(feature_file: Path) -> None:
+    config = small_config(feature_file, "vh_abl", "out=run", "codes=codes")
+    data = load_data(config.data)
+    rows = train.train(config, data, progress_bar=False)
+    found = {p.name for p in Path("run").iterdir()}
+    assert found == {
+        "config.yaml", "weights.safetensors", "metrics.json", "history.json",
+        "environment.json", "tensorboard",
+    }  # fmt: skip
+    assert {p.name for p in Path("codes").iterdir()} == {
+        f"VH-ABL_{bits}-wiki_bits.{ending}" for bits in (8, 16) for ending in ("mat", "npz")
+    }
+    run = runs.load(Path("run"))
+    assert run.config == config
+    runs.check_data(run, data)
+    again = code_tasks(run.method, data, [8, 16])
+    from vhabl import codes
+
+    for bits in (8, 16):
+        for ending in ("mat", "npz"):
+            stored = codes.load(Path("codes", f"VH-ABL_{bits}-wiki_bits.{ending}"))["fused"]
+            assert np.array_equal(stored.query, again[bits]["fused"].query)
+            assert np.array_equal(stored.database, again[bits]["fused"].database)
+    stored_rows = json.loads(Path("run/metrics.json").read_text())
+    assert stored_rows == [row.as_dict() for row in rows]
+    assert set(stored_rows[0]) == {
+        "method", "data", "task", "bits", "measure", "value", "seed", "ties", "oracle_labels",
+        "queries", "queries_without_match", "database",
+    }  # fmt: skip
+
+
+def test_a_failure_while_writing_leaves_the_old_run(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(feature_file, "nested_mlp", "out=run")
+    data = load_data(config.data)
+    train.train(config, data, progress_bar=False)
+    before = {p: p.read_bytes() for p in Path("run").glob("*.*")}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "run/weights.safetensors")
+
+    monkeypatch.setattr("vhabl.runs.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train.train(override(config, ["seed=5"]), data, progress_bar=False)
+    for path, content in before.items():
+        if path.name in ("weights.safetensors", "metrics.json"):
+            assert path.read_bytes() == content
+    assert not list(Path("run").glob(".*.tmp"))
+
+
+def test_wrong_devices_are_named() -> None:
+    with pytest.raises(VhablError, match=r"key device: found 'tpu9'"):
+        pick_device("tpu9")
+    if not torch.cuda.is_available():
+        with pytest.raises(VhablError, match=r"key device: found 'cuda' with 0 CUDA devices"):
+            pick_device("cuda")
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_gives_codes_of_the_same_quality(feature_file: Path) -> None:
+    config = small_config(feature_file, "vh_abl", "epochs=20", "device=cuda")
+    data = load_data(config.data)
+    method = Trainer(config, data, False).run()
+    assert next(method.parameters()).device.type == "cuda"
+    from vhabl.evaluator import validation_score
+
+    assert validation_score(method, data, [16]) > 0.8
+
+
+def test_batches_in_order_cover_every_item_once(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhabl.evaluator.ENCODE_BATCH", 7)
+    data = load_data(small_config(feature_file).data)
+    index = torch.cat([b.index for b in batches_in_order(data.train, torch.device("cpu"))])
+    assert index.tolist() == list(range(60))
