@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
         metavar="key=value",
         help="data=NAME, data.path=PATH, bits=[...], seed=N, out=DIR",
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     config = load_baselines(given.overrides)
     data = load_data(config.data)
     rows = baseline_records(data, config.bits, config.seed)

@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         metavar="key=value",
         help="data.path=PATH or device=NAME, where they differ from the run's",
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     if given.codes:
         if given.bits or given.overrides:
             fail("argument --codes", "--bits or an override beside it", "code files alone")

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         metavar="key=value",
         help="dotted overrides, such as data=wiki data.path=FILE epochs=60",
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     if given.help:
         method = load(given.config, given.overrides).method if given.config else None
         print(parser.format_help())

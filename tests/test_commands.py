@@ -1,0 +1,339 @@
+"""The commands as a user meets them: results, and one clear message with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from helpers import SHARED, SMALL, write_feature_file
+
+from vhabl import baselines, errors, importance, train
+from vhabl import eval as evaluation
+from vhabl.report import __main__ as report
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = str(ROOT / "configs" / "vh_abl.yaml")
+
+
+def call(main: object, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run an entry point as a command line would, and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        errors.run(main)
+    return int(left.value.code or 0)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(main: object, *arguments: object) -> tuple[int, str, str]:
+        code = call(main, *arguments, monkeypatch=monkeypatch)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def training(path: Path, *more: str) -> list[str]:
+    return [
+        "--config", RECIPE, "--quiet", "data=wiki", f"data.path={path}", "bits=[8,16]", "epochs=4",
+        "validation.every=2", "batch_size=16", "device=cpu", *SMALL["vh_abl"], *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run_folder(feature_file: Path, command) -> Path:
+    code, _, err = command(train.main, *training(feature_file))
+    assert code == 0, err
+    return Path("checkpoint/wiki/vh_abl/0")
+
+
+def one_message(err: str) -> str:
+    """The only line of an error; no traceback."""
+    lines = [line for line in err.splitlines() if not line.startswith("note:")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_repeats_the_numbers_of_training(run_folder: Path, command) -> None:
+    stored = json.loads((run_folder / "metrics.json").read_text())
+    code, out, _ = command(evaluation.main, "--checkpoint", run_folder, "--json")
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == stored
+
+
+def test_evaluation_serves_any_length_up_to_the_longest(run_folder: Path, command) -> None:
+    code, out, _ = command(evaluation.main, "--checkpoint", run_folder, "--bits", "12", "--json")
+    assert code == 0 and {json.loads(line)["bits"] for line in out.splitlines()} == {12}
+    for bits in ("0", "17"):
+        code, _, err = command(evaluation.main, "--checkpoint", run_folder, "--bits", bits)
+        assert code == 2
+        assert f"key bits: found {bits}; expected a code length from 1 to 16" in one_message(err)
+
+
+def test_a_folder_above_seeds_gives_mean_and_deviation(
+    feature_file: Path,
+    run_folder: Path,
+    command,
+) -> None:
+    command(train.main, *training(feature_file, "seed=1"))
+    values = [
+        json.loads(Path(f"checkpoint/wiki/vh_abl/{seed}/metrics.json").read_text())[0]["value"]
+        for seed in (0, 1)
+    ]
+    code, out, _ = command(evaluation.main, "--checkpoint", run_folder.parent)
+    assert code == 0
+    assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in out
+    seed_one = {p.name for p in Path("flickrhashcode/wiki/seed1").iterdir()}
+    assert "VH-ABL_8-wiki_bits.mat" in seed_one
+
+
+def test_code_files_give_one_json_line_a_measure(run_folder: Path, command) -> None:
+    file = Path("flickrhashcode/wiki/VH-ABL_16-wiki_bits.mat")
+    code, out, _ = command(evaluation.main, "--codes", file, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    stored = json.loads((run_folder / "metrics.json").read_text())
+    expected = next(r["value"] for r in stored if r["bits"] == 16)
+    assert rows[0]["measure"] == "mAP@all" and rows[0]["value"] == expected
+    assert len({(r["measure"], r["ties"]) for r in rows}) == len(rows)
+
+
+@pytest.mark.skipif(not (SHARED / "flickrhashcode").exists(), reason="published codes not here")
+def test_published_codes_by_the_command_line(command) -> None:
+    file = SHARED / "flickrhashcode" / "Ours_16-flickr25k_bits.mat"
+    code, out, _ = command(evaluation.main, "--codes", file, "--json", "--measures", "headline")
+    assert code == 0
+    assert json.loads(out.splitlines()[0])["value"] == pytest.approx(0.976048, abs=1e-6)
+
+
+def test_baselines_and_report(feature_file: Path, run_folder: Path, command) -> None:
+    code, out, _ = command(
+        baselines.main, "data=wiki", f"data.path={feature_file}", "bits=[8,16,512]"
+    )
+    assert code == 0
+    rows = json.loads(Path("checkpoint/wiki/baselines/0/metrics.json").read_text())
+    chance = [r["value"] for r in rows if r["method"] == "chance"]
+    assert max(chance) - min(chance) < 1e-12 and 0.2 < chance[0] < 0.35  # 4 classes
+    assert {r["bits"] for r in rows if r["method"] == "ITQ"} == {8, 16}  # 512 are too many for PCA
+    code, out, _ = command(report.main, "checkpoint/wiki")
+    assert code == 0
+    assert [n for n in ("chance", "LSH", "ITQ", "VH-ABL") if f"| {n} " in out] == [
+        "chance", "LSH", "ITQ", "VH-ABL",
+    ]  # fmt: skip
+    code, _, err = command(report.main, feature_file.parent / "dataset")
+    assert code == 2 and "no metrics.json" in one_message(err)
+
+
+def test_help_and_print_config(feature_file: Path, command) -> None:
+    code, out, _ = command(train.main, "--help")
+    assert code == 0 and "model.weights.importance" in out and "validation.fraction" in out
+    code, out, _ = command(train.main, *training(feature_file), "--print-config", "epochs=9")
+    assert code == 0 and "epochs: 9\n" in out and f"path: {feature_file}" in out
+    assert not Path("checkpoint").exists()
+
+
+def test_importance_experiments_write_csv_and_plots(feature_file: Path, command) -> None:
+    common = [a for a in training(feature_file) if a not in ("--quiet",)]
+    code, out, err = command(importance.main, "ranking", *common, "--seeds", "0", "1")
+    assert code == 0, err
+    folder = Path("checkpoint/wiki/vh_abl/importance")
+    for name in ("ranking", "intervals"):
+        assert (folder / f"{name}.csv").read_text().count("\n") > 2
+        assert (folder / f"{name}.png").stat().st_size > 1000
+        assert (folder / f"{name}.svg").exists()
+    for order in ("learned", "random", "variance", "greedy"):
+        assert f"  {order} " in out
+
+
+def test_two_feature_file_versions_train_to_identical_codes(command) -> None:
+    files = [SHARED / "wiki" / f"wiki_sift_twt{v}.mat" for v in ("", "_v73")]
+    if not all(f.exists() for f in files):
+        pytest.skip("the Wiki features are not here")
+    for number, file in enumerate(files):
+        arguments = training(file, f"out=run{number}", f"codes=codes{number}", "epochs=2")
+        code, _, err = command(train.main, *arguments, "batch_size=512")
+        assert code == 0, err
+    for path in Path("codes0").glob("*.npz"):
+        with np.load(path) as a, np.load(Path("codes1", path.name)) as b:
+            assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def damaged(path: Path, how: str) -> Path:
+    content = scipy.io.loadmat(path)
+    content = {k: v for k, v in content.items() if not k.startswith("__")}
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+        return path
+    if how == "foreign":
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(500))
+        return path
+    if how == "missing key":
+        del content["T_db"]
+    elif how == "rows":
+        content["T_te"] = content["T_te"][:-1]
+    elif how == "nan":
+        content["I_db"][3, 4] = np.nan
+    elif how == "labels":
+        content["L_te"][0, 1] = 2
+    scipy.io.savemat(path, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", r"features\.mat: found a damaged or truncated file"),
+        ("foreign", r"features\.mat: found .*PNG.*; expected a MATLAB 5 or 7\.3 file"),
+        ("missing key", r"features\.mat: key T_db: found only .*; expected I_tr, T_tr"),
+        ("rows", r"features\.mat: found 20 rows in I_te, 19 rows in T_te.*same number"),
+        ("nan", r"key I_db: found nan in row 4, column 5 .*; expected finite numbers"),
+        ("labels", r"key L_te: found 2 in row 1, column 2; expected labels of 0 and 1"),
+    ],
+)
+def test_bad_feature_files(feature_file: Path, how: str, message: str, command) -> None:
+    code, _, err = command(train.main, *training(damaged(feature_file, how)))
+    assert code == 2 and re.search(message, one_message(err)), err
+    assert not Path("checkpoint").exists() and not Path("flickrhashcode").exists()
+
+
+def test_missing_data_says_where_it_comes_from(command) -> None:
+    code, _, err = command(train.main, "--config", RECIPE, "data=mirflickr")
+    assert code == 2
+    for part in ("mir_cnn_twt.mat: found no such file", "source:", "layout:", "I_tr", "--demo"):
+        assert part in err
+
+
+def test_no_recipe_and_a_wrong_method(command) -> None:
+    code, _, err = command(train.main, "epochs=3")
+    assert code == 2 and "argument --config: found nothing" in one_message(err)
+    code, _, err = command(train.main, "--config", "none.yaml")
+    assert code == 2 and "none.yaml: found no such file" in one_message(err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_asked_for_and_absent(feature_file: Path, command) -> None:
+    code, _, err = command(train.main, *training(feature_file, "device=cuda"))
+    assert code == 2 and "key device: found 'cuda' with 0 CUDA devices" in one_message(err)
+    assert not Path("checkpoint").exists()
+
+
+def test_a_checkpoint_of_another_data_set(run_folder: Path, tmp_path: Path, command) -> None:
+    other = write_feature_file(tmp_path / "other.mat", seed=9)
+    arguments = ["--checkpoint", run_folder, f"data.path={other}"]
+    code, _, err = command(evaluation.main, *arguments)
+    assert code == 2 and re.search(r"weights\.safetensors: data: found a model of", err)
+
+
+@pytest.mark.parametrize("how", ["truncated", "text", "empty", "other tensors", "no header"])
+def test_a_damaged_checkpoint(run_folder: Path, how: str, command) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    weights = run_folder / "weights.safetensors"
+    with safe_open(str(weights), framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "text":
+        weights.write_text("not weights")
+    elif how == "empty":
+        weights.write_bytes(b"")
+    elif how == "other tensors":
+        tensors.pop("classifier.bias")
+        save_file(tensors, str(weights), metadata=header)
+    else:
+        save_file(tensors, str(weights))
+    code, _, err = command(evaluation.main, "--checkpoint", run_folder)
+    assert code == 2 and "weights.safetensors: found" in one_message(err)
+
+
+def test_no_run_in_the_folder(tmp_path: Path, command) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        code, _, err = command(evaluation.main, "--checkpoint", folder)
+        assert code == 2 and "expected a run folder" in one_message(err)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_no_permission_to_write(feature_file: Path, tmp_path: Path, command) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    code, _, err = command(train.main, *training(feature_file, f"out={closed}/run"))
+    assert code == 2 and "found no permission" in one_message(err)
+
+
+def test_a_place_that_cannot_be_written(feature_file: Path, command) -> None:
+    """A file where a folder must be: as clear for the superuser as for anyone."""
+    Path("checkpoint").write_text("in the way")
+    code, _, err = command(train.main, *training(feature_file))
+    assert code == 2 and "checkpoint" in one_message(err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_while_writing_codes(
+    feature_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command,
+) -> None:
+    real = scipy.io.savemat
+
+    def full(path: Path, *arguments: object, **named: object) -> None:
+        real(path, *arguments, **named)
+        with open("/dev/full", "wb", buffering=0) as disk:  # noqa: PTH123
+            disk.write(path.read_bytes())
+
+    monkeypatch.setattr(scipy.io, "savemat", full)
+    code, _, err = command(train.main, *training(feature_file))
+    assert (code == 2 and "No space left" in err) or "no space left" in err
+    assert not [p for p in Path("flickrhashcode").rglob("*") if p.is_file()]
+    assert not Path("checkpoint/wiki/vh_abl/0/metrics.json").exists()
+
+
+# -- whole processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+def test_the_module_runs_as_a_program(feature_file: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    done = program("vhabl.train", *training(feature_file))
+    assert done.returncode == 0, done.stderr
+    assert "| VH-ABL | fused" in done.stdout
+    bad = program("vhabl.train", *training(feature_file, "epoch=1"))
+    assert bad.returncode == 2 and "Traceback" not in bad.stderr
+    assert "did you mean epochs?" in bad.stderr
+
+
+@pytest.mark.e2e
+def test_a_second_set_up_does_nothing_and_the_scripts_name_wrong_arguments() -> None:
+    def bash(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    for script in ("flickr.sh", "coco.sh", "nuswide.sh"):
+        wrong = bash(script, "vhabl")
+        assert wrong.returncode == 2 and "expected some of:" in wrong.stderr
+    if (ROOT / ".venv" / "vhabl-setup").exists():
+        again = bash("scripts/setup.sh")
+        assert again.returncode == 0 and again.stderr == "" and again.stdout == ""
