@@ -1,28 +1,29 @@
 #!/usr/bin/env bash
 # Train methods on one data set and print the table: what flickr.sh, coco.sh and nuswide.sh do.
 #
-#   bash scripts/reproduce.sh DATA [--demo] [METHOD ...] [key=value ...]
+#   bash flickr.sh [--demo] [METHOD ...] [key=value ...]
 #
-# METHOD is a recipe's name (vh_abl, hiamh); without one, all of them. key=value goes to training.
-# SEEDS="0 1 2" trains several seeds. --demo takes the data set that is shipped with the project.
+# METHOD is a recipe in configs/ (vh_abl, hiamh); without one, all of them are trained, and the
+# plain nested MLP beside them. key=value goes to training. SEEDS="0 1 2" trains several seeds.
+# --demo takes the data set that is shipped with the project instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 data=$1
 shift
-methods=() overrides=()
+methods=() shared=() own=()
 for argument in "$@"; do
     case $argument in
         --demo) data=emoji ;;
         -h | --help)
-            echo "usage: bash flickr.sh [--demo] [METHOD ...] [key=value ...]"
-            sed -n '2,8s/^# \{0,1\}//p' "$0"
+            sed -n 's/^# \{0,1\}//; 2,9p' "$0"
             exit 0
             ;;
-        *=*) overrides+=("$argument") ;;
+        data.*=* | bits=*) shared+=("$argument") ;;
+        *=*) own+=("$argument") ;;
         *)
-            if [[ $argument == -* || ! -f configs/$argument.yaml ]]; then
-                known=$(cd configs && ls ./*.yaml | sed 's#\./##; s#\.yaml##' | tr '\n' ' ')
+            if [[ ! -f configs/$argument.yaml ]]; then
+                known=$(basename --suffix .yaml -a configs/*.yaml | tr '\n' ' ')
                 echo "error: argument $argument: found no such method; expected some of: $known" >&2
                 exit 2
             fi
@@ -38,10 +39,11 @@ bash scripts/setup.sh
 source .venv/bin/activate
 folders=()
 for seed in ${SEEDS:-0}; do
-    python -m vhabl.baselines "data=$data" "seed=$seed" --quiet $(printf '%s\n' "${overrides[@]:-}" | grep -E '^(data\.|bits=)' || true)
+    python -m vhabl.baselines --quiet "data=$data" "seed=$seed" "${shared[@]}"
     folders+=("checkpoint/$data/baselines/$seed")
     for method in "${methods[@]}"; do
-        python -m vhabl.train --config "configs/$method.yaml" "data=$data" "seed=$seed" --quiet-table "${overrides[@]}"
+        python -m vhabl.train --no-table --config "configs/$method.yaml" \
+            "data=$data" "seed=$seed" "${shared[@]}" "${own[@]}"
         folders+=("checkpoint/$data/$method/$seed")
     done
 done

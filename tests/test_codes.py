@@ -14,8 +14,8 @@ import scipy.io
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mat73 import write_mat73
 
-from tests.mat73 import write_mat73
 from vhabl import codes
 from vhabl.errors import VhablError
 from vhabl.types import Codes

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.sparse
+from mat73 import write_mat73
 from PIL import Image
 
-from tests.mat73 import write_mat73
 from vhabl.data import load, validation_split, without
 from vhabl.data.features import load_features
 from vhabl.data.pairs import load_pairs, words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,15 +54,30 @@ class PrototypeAttention(nn.Module):
 
     def __init__(self, dim: int, classes: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.prototypes = nn.Parameter(torch.randn(classes, dim) / dim**0.5)
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
         self.merge = nn.Linear(2 * dim, dim)
+        # At first the feature passes unchanged; what the prototypes add is learned from there.
+        with torch.no_grad():
+            self.merge.weight.copy_(torch.eye(dim, 2 * dim))
+            self.merge.bias.zero_()
 
-    def forward(self, feature: Tensor) -> Tensor:
-        prototypes = self.prototypes[None]  # (1, C, D)
-        # The items form one long query sequence, so that the prototypes are projected only once.
-        context, _ = self.attention(feature[None], prototypes, prototypes, need_weights=False)
-        return self.merge(torch.cat([feature, context[0]], dim=1))
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The refined feature [B, D], and the log attention to each class, [B, C]: the mean over
+        heads, which a loss can hold to the labels.
+        """
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (heads, items, D / heads)
+
+        q, k = split(self.query(feature)), split(self.key(self.prototypes))
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5  # (heads, B, C)
+        context = scores.softmax(dim=-1) @ split(self.value(self.prototypes))
+        context = context.transpose(0, 1).flatten(1)  # (B, D)
+        attention = torch.logsumexp(scores.log_softmax(dim=-1), dim=0) - math.log(self.heads)
+        return self.merge(torch.cat([feature, context], dim=1)), attention
 
 
 @dataclass(frozen=True)
@@ -98,16 +114,16 @@ class FusedHashNet(nn.Module):
         super().__init__()
         dim = settings.dim
 
-        def branch(width_in: int, width: int) -> nn.Sequential:
-            parts: list[nn.Module] = [
-                FeatureMLP((width_in, width_in, width, dim), settings.dropout, settings.activation)
-            ]
-            if settings.prototypes:
-                parts.append(PrototypeAttention(dim, spec.classes, settings.heads))
-            return nn.Sequential(*parts)
+        def branch(width_in: int, width: int) -> FeatureMLP:
+            widths = (width_in, width_in, width, dim)
+            return FeatureMLP(widths, settings.dropout, settings.activation)
 
         self.image = branch(spec.image_dim, settings.image_hidden)
         self.text = branch(spec.text_dim, settings.text_hidden)
+        self.attention = nn.ModuleList(
+            PrototypeAttention(dim, spec.classes, settings.heads)
+            for _ in range(2 if settings.prototypes else 0)
+        )
         self.fusion = nn.Sequential(
             nn.Linear(2 * dim, dim),
             nn.ReLU(),
@@ -121,9 +137,15 @@ class FusedHashNet(nn.Module):
         )
         self.hash = nn.Linear(dim, bits)
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        image, text = self.image(inputs.image), self.text(inputs.text)  # (B, D) each
-        return torch.tanh(self.hash(self.fusion(torch.cat([image, text], dim=1))))  # (B, K)
+    def forward(self, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+        """Relaxed codes [B, K], and each modality's log attention to the classes, [B, C]."""
+        features = [self.image(inputs.image), self.text(inputs.text)]  # (B, D) each
+        attentions: list[Tensor] = []
+        for view, attend in enumerate(self.attention):
+            features[view], attention = attend(features[view])
+            attentions.append(attention)
+        fused = self.fusion(torch.cat(features, dim=1))
+        return torch.tanh(self.hash(fused)), attentions
 
     @torch.no_grad()
     def reorder(self, order: Tensor) -> None:

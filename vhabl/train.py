@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="a recipe, such as configs/vh_abl.yaml")
     parser.add_argument("--print-config", action="store_true", help="print the result and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--no-table", action="store_true", help="no table at the end")
     parser.add_argument("-h", "--help", action="store_true", help="this help, with every key")
     parser.add_argument(
         "overrides",
@@ -48,7 +49,8 @@ def main(arguments: list[str]) -> int:
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
     rows = train(config, data, progress_bar=not given.quiet)
-    print_table(rows)
+    if not given.no_table:
+        print_table(rows)
     print(f"run folder: {config.run_folder}")
     if config.code_folder is not None:
         print(f"code files: {config.code_folder}")

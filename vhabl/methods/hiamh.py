@@ -27,6 +27,7 @@ class Weights:
     nested: float = key("the labels' similarity on prefixes", 1.0)
     contrast: float = key("contrast of prefixes against the class centres", 1.0)
     centre: float = key("separation of the class centres", 0.01)
+    attention: float = key("attention of each modality to the classes that an item has", 0.1)
     multi_similarity: float = key("multi-similarity loss on mined pairs", 0.01)
     decorrelation: float = key("decorrelated and balanced bits", 0.1)
 
@@ -60,7 +61,8 @@ class HIAMH(HashingMethod):
         settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        return {"fused": self.net(self.scaling(inputs))}
+        h, _ = self.net(self.scaling(inputs))
+        return {"fused": h}
 
     def bit_weights(self) -> Tensor:
         """Weight of each bit: positive, falling, mean 1: [K].
@@ -73,7 +75,7 @@ class HIAMH(HashingMethod):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y, weight = batch.labels, self.settings.weights
         target = losses.TARGETS[self.settings.target](y)
-        h = self.embed(batch.inputs)["fused"]
+        h, attentions = self.net(self.scaling(batch.inputs))
         centres = torch.tanh(self.centres)
         return {
             # w sums to K, so this is H diag(w) H^T / sum(w) against the target
@@ -83,6 +85,7 @@ class HIAMH(HashingMethod):
             "contrast": weight.contrast
             * losses.nested_classification(h, centres, self.bias, y, self.prefixes),
             "centre": weight.centre * losses.centre_separation(centres),
+            "attention": weight.attention * losses.class_attention(attentions, y),
             "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),
             "decorrelation": weight.decorrelation * losses.decorrelation(h),
         }

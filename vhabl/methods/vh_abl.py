@@ -29,6 +29,7 @@ class Weights:
     importance: float = key("the similarity with every bit weighted by its importance", 1.0)
     nested: float = key("similarity on ranked prefixes", 1.0)
     nested_classes: float = key("class prediction from ranked prefixes", 1.0)
+    attention: float = key("attention of each modality to the classes that an item has", 0.1)
     multi_similarity: float = key("multi-similarity loss on mined pairs", 0.01)
     contrast: float = key("contrast of a code against the class centres", 0.01)
     centre: float = key("separation of the class centres", 0.01)
@@ -70,7 +71,8 @@ class VHABL(HashingMethod):
         settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        return {"fused": self.net(self.scaling(inputs))}
+        h, _ = self.net(self.scaling(inputs))
+        return {"fused": h}
 
     def bit_weights(self, h: Tensor) -> Tensor:
         """Importance of each bit for each item: positive, mean 1 over bits, [B, K]."""
@@ -80,7 +82,7 @@ class VHABL(HashingMethod):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y, weight = batch.labels, self.settings.weights
         target = losses.TARGETS[self.settings.target](y)
-        h = self.embed(batch.inputs)["fused"]
+        h, attentions = self.net(self.scaling(batch.inputs))
         w = self.bit_weights(h)
         with torch.no_grad():
             self.importance.lerp_(w.mean(dim=0), 1 - self.settings.momentum)
@@ -95,6 +97,7 @@ class VHABL(HashingMethod):
             "nested": weight.nested * losses.nested_similarity(ranked, target, self.prefixes),
             "nested_classes": weight.nested_classes
             * losses.nested_classification(ranked, columns, bias, y, self.prefixes),
+            "attention": weight.attention * losses.class_attention(attentions, y),
             "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),
             "contrast": weight.contrast * losses.centre_contrast(h, centres, y),
             "centre": weight.centre * losses.centre_separation(centres),
