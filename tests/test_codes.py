@@ -146,7 +146,7 @@ def test_fused_file_is_as_the_releases_write_it(tmp_path: Path) -> None:
 def test_cross_file_is_as_the_releases_write_it(tmp_path: Path) -> None:
     mat, npz = codes.save(tmp_path, "CMCL", "flickr25k", cross_tasks())
     assert_mat_holds(mat, cross_arrays(), code_keys=["q_img", "q_txt", "r_img", "r_txt"])
-    assert mat.name == "CMCL-flickr25k-13.mat" and npz.name == "CMCL-flickr25k-13.npz"
+    assert mat.name == "CMCL_13-flickr25k_bits.mat" and npz.name == "CMCL_13-flickr25k_bits.npz"
 
 
 def assert_mat_holds(path: Path, arrays: dict[str, np.ndarray], code_keys: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,27 @@ def load(path: Path) -> dict[str, Codes]:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    expected = "an .npz of packed codes"
     try:
+        zipfile.ZipFile(path).close()  # np.load would also take a single array
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file.items())
     except FileNotFoundError:
-        raise
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        fail(path, f"a file that cannot be read ({error})", "an .npz of packed codes")
+        fail(path, "no such file", expected)
+    # Damaged bytes of an archive raise many types; none of them can be told from the others.
+    except (
+        ValueError,
+        OSError,
+        zipfile.BadZipFile,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        zlib.error,
+    ) as error:  # NotImplementedError is a RuntimeError
+        reason = " ".join(str(error).split())
+        fail(path, f"a file that cannot be read ({reason})", expected)
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        fail(path, "an archive of other files", expected)
     bits = arrays.pop("bits", None)
     if bits is None or bits.size != 1 or not np.issubdtype(bits.dtype, np.integer):
         fail(f"{path}: key bits", "nothing", "the code length")

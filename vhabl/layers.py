@@ -52,9 +52,10 @@ class PrototypeAttention(nn.Module):
     any label. Residual by concatenation, then Linear(2D -> D), as in VH-ABL.
     """
 
-    def __init__(self, dim: int, classes: int, heads: int) -> None:
+    def __init__(self, dim: int, classes: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
+        self.dropout = Dropout(dropout)
         self.prototypes = nn.Parameter(torch.randn(classes, dim) / dim**0.5)
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
@@ -75,7 +76,9 @@ class PrototypeAttention(nn.Module):
         q, k = split(self.query(feature)), split(self.key(self.prototypes))
         scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5  # (heads, B, C)
         context = scores.softmax(dim=-1) @ split(self.value(self.prototypes))
-        context = context.transpose(0, 1).flatten(1)  # (B, D)
+        # Attention is surer on training items than on others: dropout keeps the rest of the
+        # network from leaning on it.
+        context = self.dropout(context.transpose(0, 1).flatten(1))  # (B, D)
         attention = torch.logsumexp(scores.log_softmax(dim=-1), dim=0) - math.log(self.heads)
         return self.merge(torch.cat([feature, context], dim=1)), attention
 
@@ -89,13 +92,15 @@ class FusedNetSettings:
     dropout: float = key("dropout in the modality branches", 0.01)
     activation: str = key("activation of the branches: tanh (as released) | relu", "tanh")
     prototypes: bool = key("attend over learned class prototypes", True)
+    context_dropout: float = key("dropout of what the prototypes add to a feature", 0.5)
 
     def check(self) -> None:
         """Raise VhablError where a value cannot be used."""
         if self.activation not in ACTIVATIONS:
             fail("key model.net.activation", repr(self.activation), " or ".join(ACTIVATIONS))
-        if not 0 <= self.dropout < 1:
-            fail("key model.net.dropout", str(self.dropout), "0 up to below 1")
+        for name in ("dropout", "context_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                fail(f"key model.net.{name}", str(getattr(self, name)), "0 up to below 1")
         for name in ("dim", "image_hidden", "text_hidden"):
             if getattr(self, name) < 1:
                 fail(f"key model.net.{name}", str(getattr(self, name)), "a width of at least 1")
@@ -121,7 +126,7 @@ class FusedHashNet(nn.Module):
         self.image = branch(spec.image_dim, settings.image_hidden)
         self.text = branch(spec.text_dim, settings.text_hidden)
         self.attention = nn.ModuleList(
-            PrototypeAttention(dim, spec.classes, settings.heads)
+            PrototypeAttention(dim, spec.classes, settings.heads, settings.context_dropout)
             for _ in range(2 if settings.prototypes else 0)
         )
         self.fusion = nn.Sequential(

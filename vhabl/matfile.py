@@ -68,6 +68,7 @@ def read_mat(path: Path, keys: Iterable[str] | None = None) -> dict[str, np.ndar
         OverflowError,
         zlib.error,
         UnicodeDecodeError,
+        NameError,
     ) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         fail(path, f"a damaged or truncated file ({reason})", _EXPECTED)
@@ -93,6 +94,8 @@ def _unwrap(cell: Any) -> Any:
         cell = cell.flat[0]
     if isinstance(cell, np.ndarray) and cell.size == 0:
         return ""
+    if isinstance(cell, np.ndarray) and cell.dtype == object:  # a cell array in a cell
+        return np.frompyfunc(_unwrap, 1, 1)(cell)
     return str(cell) if isinstance(cell, np.str_) else cell
 
 
@@ -117,17 +120,12 @@ def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
     if matlab_class == b"cell" or h5py.check_ref_dtype(node.dtype) is not None:
         cells = np.empty(array.T.shape, object)
         for place, reference in np.ndenumerate(array.T):
-            cells[place] = _hdf5_text(file[reference])
+            cells[place] = _unwrap(_hdf5_value(file, file[reference]))
         return cells
     if matlab_class == b"char":
-        return np.array([_hdf5_text(node)])
+        return np.array([_text(row) for row in array.T])  # a row of a char matrix is a text
     return np.asarray(array).T
 
 
-def _hdf5_text(node: h5py.Dataset) -> Any:
-    value = node[()]
-    if node.attrs.get("MATLAB_class", b"") != b"char":
-        return np.asarray(value).T
-    if node.attrs.get("MATLAB_empty", 0):
-        return ""
-    return value.T.astype("<u2").tobytes().decode("utf-16-le", errors="replace")
+def _text(units: np.ndarray) -> str:
+    return units.astype("<u2").tobytes().decode("utf-16-le", errors="replace")

@@ -60,7 +60,8 @@ def _features(path: Path, key: str, values: np.ndarray) -> np.ndarray:
             f"shape {values.shape} of type {values.dtype}",
             "numbers, items x features",
         )
-    result = np.ascontiguousarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is reported below
+        result = np.ascontiguousarray(values, dtype=np.float32)
     finite = np.isfinite(result)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
@@ -111,8 +112,11 @@ def _from_class_numbers(path: Path, parts: dict[str, np.ndarray]) -> dict[str, n
                 "one column of whole class numbers that begin at 1",
             )
     classes = int(max(v.max() for v in parts.values()))
-    one_hot = np.eye(classes, dtype=np.uint8)
-    return {role: one_hot[v.astype(np.int64) - 1] for role, v in parts.items()}
+    result = {}
+    for role, values in parts.items():
+        result[role] = np.zeros((len(values), classes), np.uint8)
+        result[role][np.arange(len(values)), values.astype(np.int64) - 1] = 1
+    return result
 
 
 def _content_ids(image: np.ndarray, text: np.ndarray) -> np.ndarray:
