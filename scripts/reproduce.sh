@@ -16,7 +16,7 @@ for argument in "$@"; do
     case $argument in
         --demo) data=emoji ;;
         -h | --help)
-            sed -n 's/^# \{0,1\}//; 2,9p' "$0"
+            sed -n 's/^# \{0,1\}//; 2,8p' "$0"
             exit 0
             ;;
         data.*=* | bits=*) shared+=("$argument") ;;

@@ -16,7 +16,7 @@ find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3.12 python3.11 python3; do
         if [[ -n $candidate ]] && command -v "$candidate" >/dev/null \
-            && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+            && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
             && "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
             command -v "$candidate"
             return
