@@ -26,7 +26,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
             scaled, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(scaled, config.lr, weight_decay=config.weight_decay)
+    return kind(scaled, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, progress: float) -> None:

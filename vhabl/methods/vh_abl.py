@@ -83,7 +83,9 @@ class VHABL(HashingMethod):
         y, weight = batch.labels, self.settings.weights
         target = losses.TARGETS[self.settings.target](y)
         h, attentions = self.net(self.scaling(batch.inputs))
-        w = self.bit_weights(h)
+        # The importance network learns which bits carry the neighbourhood; it does not bend them.
+        fixed = h.detach()
+        w = self.bit_weights(fixed)
         with torch.no_grad():
             self.importance.lerp_(w.mean(dim=0), 1 - self.settings.momentum)
             order = self.importance.argsort(descending=True)
@@ -93,7 +95,7 @@ class VHABL(HashingMethod):
         return {
             "similarity": weight.similarity * losses.similarity(h, target),
             "classification": weight.classification * losses.classification(self.classifier(h), y),
-            "importance": weight.importance * losses.weighted_similarity(h, w, target),
+            "importance": weight.importance * losses.weighted_similarity(fixed, w, target),
             "nested": weight.nested * losses.nested_similarity(ranked, target, self.prefixes),
             "nested_classes": weight.nested_classes
             * losses.nested_classification(ranked, columns, bias, y, self.prefixes),

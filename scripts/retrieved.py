@@ -1,0 +1,78 @@
+"""A picture of retrieved pairs: some queries of the shipped data set and their nearest items.
+
+python scripts/retrieved.py --checkpoint checkpoint/emoji/vh_abl/0 --bits 64 --out retrieved.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from vhabl import errors, runs
+from vhabl.data import load
+from vhabl.evaluator import code_tasks
+from vhabl.files import atomic_path, locate
+from vhabl.metrics import hamming_distances
+
+RIGHT, WRONG = "#009E73", "#D55E00"  # told apart by colour-blind readers, and by the mark
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--bits", type=int, default=64)
+    parser.add_argument("--queries", type=int, nargs="+", default=[3, 8, 15, 21, 40, 57])
+    parser.add_argument("--top", type=int, default=10)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+
+    run = runs.load(given.checkpoint)
+    if run.config.data.kind != "pairs":
+        errors.fail(given.checkpoint, f"data of kind {run.config.data.kind}", "image-text pairs")
+    data = load(run.config.data)
+    runs.check_data(run, data)
+    codes = code_tasks(run.method, data, [given.bits])[given.bits]["fused"]
+    folder = locate(run.config.data.path) / run.config.data.image_root
+
+    columns = given.top + 1
+    size = (0.72 * columns + 0.3, 0.95 * len(given.queries) + 0.4)
+    figure, grid = plt.subplots(len(given.queries), columns, figsize=size, dpi=160, squeeze=False)
+    for row, query in zip(grid, given.queries, strict=True):
+        distances = hamming_distances(codes.query[query : query + 1], codes.database)[0]
+        nearest = np.argsort(distances, kind="stable")[: given.top]
+        show(row[0], folder, data.query.ids[query], "query", "#000000")
+        for axes, item in zip(row[1:], nearest, strict=True):
+            match = (codes.query_labels[query] & codes.database_labels[item]).any()
+            mark = "✓" if match else "✗"
+            colour = RIGHT if match else WRONG
+            show(axes, folder, data.database.ids[item], f"{mark} {distances[item]}", colour)
+    figure.suptitle(
+        f"{run.method.title}, {given.bits} bits: nearest pairs, Hamming distance, "
+        "✓ shares a label with the query",
+        fontsize=8,
+    )
+    figure.tight_layout(pad=0.4)
+    with atomic_path(given.out) as path:
+        figure.savefig(path, format="png")
+    return 0
+
+
+def show(axes: plt.Axes, folder: Path, name: str, label: str, colour: str) -> None:
+    with Image.open(folder / Path(name).name) as image:
+        axes.imshow(image.convert("RGB"))
+    side = image.size[0]
+    axes.add_patch(Rectangle((-0.5, -0.5), side, side, fill=False, color=colour, linewidth=1.5))
+    axes.set_title(label, fontsize=7, color=colour, pad=2)
+    axes.axis("off")
+
+
+if __name__ == "__main__":
+    errors.run(main)

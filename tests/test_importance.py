@@ -1,0 +1,80 @@
+"""The importance experiments: their parts against obvious versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import small_config
+
+from vhabl.data import load as load_data
+from vhabl.importance import Row, by_variance, fused_codes, greedy, ranking, score, summary
+from vhabl.trainer import Trainer
+from vhabl.types import Codes
+
+
+def random_codes(seed: int, bits: int) -> Codes:
+    rng = np.random.default_rng(seed)
+
+    def labels(n: int) -> np.ndarray:
+        return (rng.random((n, 4)) < 0.4).astype(np.uint8)
+
+    def codes(n: int) -> np.ndarray:
+        return rng.choice([-1, 1], (n, bits)).astype(np.int8)
+
+    return Codes(codes(9), codes(30), labels(9), labels(30))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_takes_the_best_next_bit(seed: int) -> None:
+    codes = random_codes(seed, 7)
+    chosen: list[int] = []
+    for _ in range(5):
+        rest = [k for k in range(7) if k not in chosen]
+        values = [score(codes, [*chosen, k]) for k in rest]
+        chosen.append(rest[int(np.argmax(values))])
+    assert greedy(codes, 5).tolist() == chosen
+
+
+def test_score_takes_the_columns_named() -> None:
+    codes = random_codes(0, 6)
+    part = Codes(
+        codes.query[:, [4, 1]], codes.database[:, [4, 1]], codes.query_labels, codes.database_labels
+    )
+    assert score(codes, [4, 1]) == score(part, slice(2))
+
+
+def test_variance_ranks_by_the_relaxed_value(feature_file: Path) -> None:
+    config = small_config(feature_file, "vh_abl")
+    data = load_data(config.data)
+    method = Trainer(config, data, False).run()
+    spread = method.embed(data.train.inputs())["fused"].detach().var(dim=0)
+    order = by_variance(method, data)
+    assert sorted(order.tolist()) == list(range(16))
+    assert (spread[order.tolist()].diff() <= 1e-6).all()
+
+
+def test_ranking_holds_the_validation_items_out(feature_file: Path) -> None:
+    """Neither training nor the database has them; the test queries are scored."""
+    config = small_config(feature_file, "vh_abl", "epochs=2")
+    data = load_data(config.data)
+    rows = ranking(config, data, 0)
+    orders = {r.order for r in rows if r.experiment == "ranking"}
+    assert orders == {"learned", "random", "variance", "greedy"}
+    assert [r.bits for r in rows if r.experiment == "intervals"] == ["1-10"]
+    from vhabl.config import override
+    from vhabl.data import validation_split
+
+    held_out = validation_split(data, 0.1, 1)
+    from dataclasses import replace
+
+    seen = replace(held_out, query=data.query)
+    method = Trainer(override(config, ["validation.fraction=0"]), seen, False).run()
+    learned = [r.value for r in rows if r.order == "learned" and r.bits == "8"]
+    assert learned == [score(fused_codes(method, seen), slice(8))]
+
+
+def test_summary_gives_mean_and_standard_error() -> None:
+    rows = [Row("x", seed, "learned", "8", value) for seed, value in enumerate((0.2, 0.4))]
+    assert "8: 0.3000 ± 0.1000" in summary(rows)
