@@ -88,6 +88,8 @@ class FusedNetSettings:
     dim: int = key("width D of the modality features", 256)
     image_hidden: int = key("width of the image branch's hidden layer", 2048)
     text_hidden: int = key("width of the text branch's hidden layer", 1024)
+    joint_hidden: int = key("hidden width of a branch that sees both modalities; 0 has none", 0)
+    joint_image: float = key("weight of the image's features where both enter that branch", 0.5)
     heads: int = key("heads of the attention over class prototypes", 4)
     dropout: float = key("dropout in the modality branches", 0.01)
     activation: str = key("activation of the branches: tanh (as released) | relu", "tanh")
@@ -104,6 +106,8 @@ class FusedNetSettings:
         for name in ("dim", "image_hidden", "text_hidden"):
             if getattr(self, name) < 1:
                 fail(f"key model.net.{name}", str(getattr(self, name)), "a width of at least 1")
+        if self.joint_hidden < 0:
+            fail("key model.net.joint_hidden", str(self.joint_hidden), "a width, or 0")
         if self.heads < 1 or self.dim % self.heads:
             fail("key model.net.heads", str(self.heads), f"a divisor of model.net.dim {self.dim}")
 
@@ -111,13 +115,16 @@ class FusedNetSettings:
 class FusedHashNet(nn.Module):
     """Image and text to relaxed codes [B, K] in [-1, 1]: the network of VH-ABL and HIAMH.
 
-    Modality MLPs [d -> d -> hidden -> D], attention over class prototypes, then concat(2D) -> D ->
-    D (ReLU), Linear(D -> K), BatchNorm, Tanh, Linear(K -> D), ReLU, Linear(D -> K), Tanh.
+    Modality MLPs [d -> d -> hidden -> D], attention over class prototypes, and (ours) a branch
+    [d_image + d_text -> joint -> D] in which the modalities meet early; then concat -> D -> D
+    (BatchNorm, ReLU, Dropout: ours), Linear(D -> K), BatchNorm, Tanh, Linear(K -> D), ReLU,
+    Linear(D -> K), Tanh.
     """
 
     def __init__(self, spec: DataSpec, bits: int, settings: FusedNetSettings) -> None:
         super().__init__()
         dim = settings.dim
+        self.settings = settings
 
         def branch(width_in: int, width: int) -> FeatureMLP:
             widths = (width_in, width_in, width, dim)
@@ -129,11 +136,20 @@ class FusedHashNet(nn.Module):
             PrototypeAttention(dim, spec.classes, settings.heads, settings.context_dropout)
             for _ in range(2 if settings.prototypes else 0)
         )
+        parts = 2
+        if settings.joint_hidden:
+            widths = (spec.image_dim + spec.text_dim, settings.joint_hidden, dim)
+            self.joint = FeatureMLP(widths, settings.dropout, settings.activation)
+            parts = 3
         self.fusion = nn.Sequential(
-            nn.Linear(2 * dim, dim),
+            nn.Linear(parts * dim, dim),
+            nn.BatchNorm1d(dim),
             nn.ReLU(),
+            Dropout(settings.dropout),
             nn.Linear(dim, dim),
+            nn.BatchNorm1d(dim),
             nn.ReLU(),
+            Dropout(settings.dropout),
             nn.Linear(dim, bits),
             nn.BatchNorm1d(bits),
             nn.Tanh(),
@@ -144,11 +160,17 @@ class FusedHashNet(nn.Module):
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
         """Relaxed codes [B, K], and each modality's log attention to the classes, [B, C]."""
-        features = [self.image(inputs.image), self.text(inputs.text)]  # (B, D) each
+        image, text = inputs.image, inputs.text
+        if image is None or text is None:
+            fail("inputs", "an item without image or text", "both: this network fuses them")
+        features = [self.image(image), self.text(text)]  # (B, D) each
         attentions: list[Tensor] = []
         for view, attend in enumerate(self.attention):
             features[view], attention = attend(features[view])
             attentions.append(attention)
+        if self.settings.joint_hidden:
+            together = torch.cat([self.settings.joint_image * image, text], dim=1)
+            features.append(self.joint(together))
         fused = self.fusion(torch.cat(features, dim=1))
         return torch.tanh(self.hash(fused)), attentions
 
