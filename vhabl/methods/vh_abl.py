@@ -60,6 +60,7 @@ class VHABL(HashingMethod):
         self.net = FusedHashNet(spec, k, settings.net)
         self.classifier = nn.Linear(k, spec.classes)
         self.centres = nn.Parameter(torch.randn(spec.classes, k) / k**0.5)
+        self.bias = nn.Parameter(torch.zeros(spec.classes))
         self.importance_in = nn.Linear(k, max(1, k // 2))
         self.importance_out = nn.Linear(max(1, k // 2), k)
         self.register_buffer("importance", torch.ones(k))
@@ -90,7 +91,6 @@ class VHABL(HashingMethod):
             self.importance.lerp_(w.mean(dim=0), 1 - self.settings.momentum)
             order = self.importance.argsort(descending=True)
         ranked = h[:, order]
-        columns, bias = self.classifier.weight[:, order], self.classifier.bias
         centres = torch.tanh(self.centres)
         return {
             "similarity": weight.similarity * losses.similarity(h, target),
@@ -98,7 +98,7 @@ class VHABL(HashingMethod):
             "importance": weight.importance * losses.weighted_similarity(fixed, w, target),
             "nested": weight.nested * losses.nested_similarity(ranked, target, self.prefixes),
             "nested_classes": weight.nested_classes
-            * losses.nested_classification(ranked, columns, bias, y, self.prefixes),
+            * losses.nested_classification(ranked, centres[:, order], self.bias, y, self.prefixes),
             "attention": weight.attention * losses.class_attention(attentions, y),
             "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),
             "contrast": weight.contrast * losses.centre_contrast(h, centres, y),
