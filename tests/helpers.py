@@ -39,6 +39,7 @@ def small_config(path: Path, method: str = "vh_abl", *overrides: str) -> Config:
     """A recipe on a small feature file: 16 bits, 4 epochs, validation every 2."""
     common = [
         "data=wiki", f"data.path={path}", "data.class_names=[]", "bits=[8,16]", "epochs=4",
-        "batch_size=16", "validation.every=2", "device=cpu", "codes=none",
+        "batch_size=16", "validation.every=2",
+        "validation.fraction=0.1", "device=cpu", "codes=none",
     ]  # fmt: skip
     return load(CONFIG_DIR / f"{method}.yaml", [*common, *SMALL[method], *overrides])

@@ -44,7 +44,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def training(path: Path, *more: str) -> list[str]:
     return [
         "--config", RECIPE, "--quiet", "data=wiki", f"data.path={path}", "bits=[8,16]", "epochs=4",
-        "validation.every=2", "batch_size=16", "device=cpu", *SMALL["vh_abl"], *more,
+        "validation.every=2", "validation.fraction=0.1", "batch_size=16", "device=cpu",
+        *SMALL["vh_abl"], *more,
     ]  # fmt: skip
 
 

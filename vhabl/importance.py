@@ -43,6 +43,7 @@ INTERVAL = 10
 CUT = 16
 BASE_LENGTHS = tuple(2**power for power in range(2, 11))
 RANDOM_ORDERS = 10
+HELD_OUT = 0.1  # share of the training items held out where the recipe holds none out
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def ranking(config: Config, data: Dataset, seed: int) -> list[Row]:
     The validation items take no part in training here (nor in the database), so that the greedy
     choice is made on items that the model has not seen.
     """
-    held_out = validation_split(data, config.validation.fraction, config.validation.seed)
+    fraction = config.validation.fraction or HELD_OUT
+    held_out = validation_split(data, fraction, config.validation.seed)
     seen = replace(held_out, query=data.query)
     config = override(config, [f"seed={seed}", "validation.fraction=0"])
     method = Trainer(config, seen).run()
