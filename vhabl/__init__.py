@@ -1,0 +1,1 @@
+"""Binary codes for image-text pairs: hashing methods, exact evaluation, search."""

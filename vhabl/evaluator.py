@@ -83,8 +83,6 @@ def code_tasks(
     """Codes of queries and database for every length and task."""
     method.eval()
     query = encode(method, data.query, lengths)
-    # Where the database is the query's own array (validation never is) it would be encoded twice;
-    # the two are separate data, so both are encoded.
     database = encode(method, data.database, lengths)
     return {bits: to_tasks(query[bits], database[bits], data) for bits in lengths}
 

@@ -128,7 +128,7 @@ class Trainer:
             unit="epoch",
             disable=not self.progress_bar,
         )
-        # The states after the saved epoch are trained again: their points are purged from the log.
+        # Epochs after the saved state are trained again: their points are purged from the log.
         log = SummaryWriter(str(self.log_folder / progress.phase), purge_step=progress.epoch + 1)
         with bar, log:
             while progress.epoch < self.epochs and not self._stopped():
