@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vhabl import losses
 from vhabl.encoders import FeatureScaling
+from vhabl.errors import fail
 from vhabl.layers import FusedHashNet, FusedNetSettings
 from vhabl.methods.base import HashingMethod, check_nesting
 from vhabl.settings import key
@@ -69,6 +70,8 @@ class VHABL(HashingMethod):
     @classmethod
     def check_settings(cls, settings: VHABLSettings) -> None:
         check_nesting(settings.target, settings.shortest)
+        if not 0 <= settings.momentum < 1:
+            fail("key model.momentum", str(settings.momentum), "0 up to below 1")
         settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
