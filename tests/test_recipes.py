@@ -9,13 +9,23 @@ import pytest
 import torch
 from helpers import write_feature_file
 
-from vhabl import runs, train
+from vhabl import methods, runs, train
 from vhabl.config import CONFIG_DIR, load
 from vhabl.data import load as load_data
 from vhabl.evaluator import code_tasks
-from vhabl.types import Batch, Inputs
+from vhabl.methods.base import HashingMethod
+from vhabl.types import Batch, Dataset, Inputs
 
 RECIPES = sorted(CONFIG_DIR.glob("*.yaml"))
+
+
+def untrained(recipe: Path, tmp_path: Path) -> tuple[HashingMethod, Dataset]:
+    """A recipe's model with seeded initial weights, and 60 items for it."""
+    file = write_feature_file(tmp_path / "features.mat")
+    config = load(recipe, ["data=mirflickr", f"data.path={file}"])
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    return methods.get(config.method)(data.spec, config.bits, config.model), data
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
@@ -44,13 +54,7 @@ def test_a_recipe_runs_whole(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_gradients_reach_every_parameter(recipe: Path, tmp_path: Path) -> None:
     """No part of a model is in no loss, as the importance network is in the release."""
-    file = write_feature_file(tmp_path / "features.mat")
-    config = load(recipe, ["data=mirflickr", f"data.path={file}"])
-    data = load_data(config.data)
-    from vhabl import methods
-
-    torch.manual_seed(0)
-    method = methods.get(config.method)(data.spec, config.bits, config.model)
+    method, data = untrained(recipe, tmp_path)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01)
     for _ in range(2):  # a part that starts at zero lets gradients through after one step
         inputs = Inputs(torch.from_numpy(data.train.image), torch.from_numpy(data.train.text))
@@ -67,13 +71,8 @@ def test_gradients_reach_every_parameter(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_codes_of_an_item_do_not_depend_on_its_batch(recipe: Path, tmp_path: Path) -> None:
     """Codes come from an item alone: no batch statistics, no other item, no label."""
-    file = write_feature_file(tmp_path / "features.mat")
-    config = load(recipe, ["data=mirflickr", f"data.path={file}"])
-    data = load_data(config.data)
-    from vhabl import methods
-
-    torch.manual_seed(0)
-    method = methods.get(config.method)(data.spec, config.bits, config.model).eval()
+    method, data = untrained(recipe, tmp_path)
+    method.eval()
     inputs = data.train.inputs()
     with torch.no_grad():
         together = method.embed(inputs)
