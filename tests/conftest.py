@@ -19,3 +19,10 @@ def _inside_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def feature_file(tmp_path: Path) -> Path:
     return write_feature_file(tmp_path / "features.mat")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -82,6 +82,7 @@ def test_data_overrides_apply_to_the_chosen_data_set() -> None:
         ("model.net.heads=7", r"key model\.net\.heads: found 7"),
         ("model.net.activation=sine", r"key model\.net\.activation: found 'sine'"),
         ("model.net.dropout=1.5", r"key model\.net\.dropout: found 1\.5"),
+        ("model.net.members=0", r"key model\.net\.members: found 0"),
         ("model.net.dim=0", r"key model\.net\.dim: found 0"),
         ("model.momentum=1", r"key model\.momentum: found 1"),
         ("model.shortest=0", r"key model\.shortest: found 0"),

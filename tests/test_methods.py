@@ -12,11 +12,12 @@ from vhabl import methods
 from vhabl.data import load as load_data
 from vhabl.errors import VhablError
 from vhabl.evaluator import batches_in_order
-from vhabl.layers import Dropout, PrototypeAttention
+from vhabl.layers import Dropout, FusedHashNet, FusedNetSettings, PrototypeAttention
 from vhabl.losses import similarity
 from vhabl.methods.hiamh import HIAMH
 from vhabl.methods.vh_abl import VHABL
 from vhabl.trainer import Trainer
+from vhabl.types import DataSpec, Inputs
 
 CPU = torch.device("cpu")
 
@@ -106,6 +107,58 @@ def test_hierarchical_weights_fall_whatever_theta_is(feature_file: Path) -> None
     torch.nn.init.normal_(method.theta)
     method.loss(batch)["similarity"].backward()
     assert method.theta.grad is not None and method.theta.grad.abs().min() > 0
+
+
+def fused_net(members: int, bits: int) -> FusedHashNet:
+    torch.manual_seed(0)
+    spec = DataSpec("x", 12, 9, 4, 60)
+    settings = FusedNetSettings(members, dim=8, image_hidden=8, text_hidden=8)
+    return FusedHashNet(spec, bits, settings).eval()
+
+
+def test_members_take_the_bits_in_turn() -> None:
+    net, inputs = fused_net(3, 8), Inputs(torch.randn(5, 12), torch.randn(5, 9))
+    h, attentions = net(inputs)
+    assert [len(a) for a in attentions] == [2, 2, 2]
+    assert [b.tolist() for b in net.member_bits()] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    for member, bits in zip(net.members, net.member_bits(), strict=True):
+        assert torch.equal(h[:, bits], member(inputs)[0])
+    assert len(fused_net(5, 3).members) == 3  # no member without a bit
+
+
+def test_members_keep_their_bits_when_the_code_is_reordered() -> None:
+    net, inputs = fused_net(3, 8), Inputs(torch.randn(5, 12), torch.randn(5, 9))
+    before, _ = net(inputs)
+    for _ in range(2):
+        order = torch.randperm(8)
+        net.reorder(order)
+        after, _ = net(inputs)
+        assert torch.equal(after, before[:, order])
+        before = after
+        for member, bits in zip(net.members, net.member_bits(), strict=True):
+            assert bits.tolist() == sorted(bits.tolist())
+            own = member(inputs)[0]
+            assert torch.equal(after[:, bits].sort(dim=1).values, own.sort(dim=1).values)
+
+
+def test_a_member_learns_from_its_own_bits_alone(feature_file: Path) -> None:
+    """What one member learns does not depend on another: this keeps their errors apart."""
+    config = small_config(feature_file, "hiamh", "model.net.members=2", "model.net.dropout=0")
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    method = HIAMH(data.spec, config.bits, config.model)
+    batch = next(batches_in_order(data.train, CPU))
+    first, second = method.net.members
+    weight = first.hash.weight
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        (grad,) = torch.autograd.grad(sum(method.loss(batch).values()), [weight])
+        found.append(grad)
+        with torch.no_grad():
+            second.hash.weight.mul_(-2.0)
+    assert found[0].abs().max() > 0
+    assert torch.allclose(found[0], found[1], atol=1e-7)
 
 
 def test_prototype_attention_looks_at_the_feature() -> None:

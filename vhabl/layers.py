@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,7 @@ class PrototypeAttention(nn.Module):
 
 @dataclass(frozen=True)
 class FusedNetSettings:
+    members: int = key("independent networks that share out the bits of a code", 1)
     dim: int = key("width D of the modality features", 256)
     image_hidden: int = key("width of the image branch's hidden layer", 2048)
     text_hidden: int = key("width of the text branch's hidden layer", 1024)
@@ -103,17 +104,17 @@ class FusedNetSettings:
         for name in ("dropout", "context_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 fail(f"key model.net.{name}", str(getattr(self, name)), "0 up to below 1")
-        for name in ("dim", "image_hidden", "text_hidden"):
+        for name in ("members", "dim", "image_hidden", "text_hidden"):
             if getattr(self, name) < 1:
-                fail(f"key model.net.{name}", str(getattr(self, name)), "a width of at least 1")
+                fail(f"key model.net.{name}", str(getattr(self, name)), "at least 1")
         if self.joint_hidden < 0:
             fail("key model.net.joint_hidden", str(self.joint_hidden), "a width, or 0")
         if self.heads < 1 or self.dim % self.heads:
             fail("key model.net.heads", str(self.heads), f"a divisor of model.net.dim {self.dim}")
 
 
-class FusedHashNet(nn.Module):
-    """Image and text to relaxed codes [B, K] in [-1, 1]: the network of VH-ABL and HIAMH.
+class FusedMember(nn.Module):
+    """Image and text to relaxed codes [B, K] in [-1, 1].
 
     Modality MLPs [d -> d -> hidden -> D], attention over class prototypes, and (ours) a branch
     [d_image + d_text -> joint -> D] in which the modalities meet early; then concat -> D -> D
@@ -174,8 +175,41 @@ class FusedHashNet(nn.Module):
         fused = self.fusion(torch.cat(features, dim=1))
         return torch.tanh(self.hash(fused)), attentions
 
+
+class FusedHashNet(nn.Module):
+    """Image and text to relaxed codes [B, K] in [-1, 1]: the network of VH-ABL and HIAMH.
+
+    Its members are networks of their own that take the bits in turn, bit i going to member
+    i mod M. A method takes its losses on each member's bits alone, so the members' errors differ
+    and a Hamming distance averages over them, where more bits of one network repeat its errors
+    (Lakshminarayanan et al., NeurIPS 2017; for parts of an embedding: Opitz et al., ICCV 2017).
+    """
+
+    order: Tensor  # [K] the place of each bit of a code among the members' outputs in a row
+
+    def __init__(self, spec: DataSpec, bits: int, settings: FusedNetSettings) -> None:
+        super().__init__()
+        count = min(settings.members, bits)
+        self.shares = [len(range(first, bits, count)) for first in range(count)]
+        self.members = nn.ModuleList(FusedMember(spec, share, settings) for share in self.shares)
+        turns = torch.cat([torch.arange(first, bits, count) for first in range(count)])
+        self.register_buffer("order", turns.argsort())
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, list[list[Tensor]]]:
+        """Relaxed codes [B, K], and each member's log attention to the classes, [B, C] a view."""
+        results = [member(inputs) for member in self.members]
+        h = torch.cat([h for h, _ in results], dim=1)
+        return h[:, self.order], [attentions for _, attentions in results]
+
+    def member_bits(self) -> list[Tensor]:
+        """The bits of a code that each member gives, first to last."""
+        ends = [0, *accumulate(self.shares)]
+        return [
+            ((first <= self.order) & (self.order < end)).nonzero().flatten()
+            for first, end in pairwise(ends)
+        ]
+
     @torch.no_grad()
     def reorder(self, order: Tensor) -> None:
         """Permute the bits: bit i becomes what bit order[i] was."""
-        self.hash.weight.copy_(self.hash.weight[order])
-        self.hash.bias.copy_(self.hash.bias[order])
+        self.order.copy_(self.order[order])

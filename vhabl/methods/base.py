@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from vhabl.codes import binarise
 from vhabl.encoders import FeatureScaling
 from vhabl.errors import fail
-from vhabl.losses import TARGETS
+from vhabl.losses import TARGETS, doubling_lengths
 from vhabl.types import Batch, DataSpec, Inputs
 
 
@@ -86,3 +87,17 @@ def check_nesting(target: str, shortest: int) -> None:
         fail("key model.target", repr(target), " or ".join(TARGETS))
     if shortest < 1:
         fail("key model.shortest", str(shortest), "a code length of at least 1")
+
+
+def member_prefixes(shortest: int, bits: int, share: int) -> list[int]:
+    """Prefix lengths of a member that gives `share` of a code's `bits`: its part of each prefix.
+
+    >>> member_prefixes(8, 128, 32)
+    [2, 4, 8, 16, 32]
+    """
+    return doubling_lengths(max(1, shortest * share // bits), share)
+
+
+def mean_terms(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Loss terms by name, the mean over the members of a network."""
+    return {name: torch.stack([m[name] for m in members]).mean() for name in members[0]}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vhabl import losses
 from vhabl.encoders import FeatureScaling
 from vhabl.layers import FusedHashNet, FusedNetSettings
-from vhabl.methods.base import HashingMethod, check_nesting
+from vhabl.methods.base import HashingMethod, check_nesting, mean_terms, member_prefixes
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
 
@@ -53,7 +53,6 @@ class HIAMH(HashingMethod):
         self.theta = nn.Parameter(0.25 + torch.randn(k) / k)  # as the release starts its weights
         self.centres = nn.Parameter(torch.randn(spec.classes, k) / k**0.5)
         self.bias = nn.Parameter(torch.zeros(spec.classes))
-        self.prefixes = losses.doubling_lengths(settings.shortest, k)
 
     @classmethod
     def check_settings(cls, settings: HIAMHSettings) -> None:
@@ -73,17 +72,25 @@ class HIAMH(HashingMethod):
         return w / w.mean()
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        y, weight = batch.labels, self.settings.weights
+        y = batch.labels
         target = losses.TARGETS[self.settings.target](y)
         h, attentions = self.net(self.scaling(batch.inputs))
-        centres = torch.tanh(self.centres)
+        members = zip(self.net.member_bits(), attentions, strict=True)
+        return mean_terms([self.member_loss(h, bits, a, y, target) for bits, a in members])
+
+    def member_loss(
+        self, h: Tensor, bits: Tensor, attentions: list[Tensor], y: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms of one member of the network, which gives these bits."""
+        weight = self.settings.weights
+        h, centres, w = h[:, bits], torch.tanh(self.centres[:, bits]), self.bit_weights()[bits]
+        prefixes = member_prefixes(self.settings.shortest, self.bits, len(bits))
         return {
-            # w sums to K, so this is H diag(w) H^T / sum(w) against the target
-            "similarity": weight.similarity
-            * losses.weighted_similarity(h, self.bit_weights(), target),
-            "nested": weight.nested * losses.nested_similarity(h, target, self.prefixes),
+            # w is scaled to sum to K, so this is H diag(w) H^T / sum(w) against the target
+            "similarity": weight.similarity * losses.weighted_similarity(h, w / w.mean(), target),
+            "nested": weight.nested * losses.nested_similarity(h, target, prefixes),
             "contrast": weight.contrast
-            * losses.nested_classification(h, centres, self.bias, y, self.prefixes),
+            * losses.nested_classification(h, centres, self.bias, y, prefixes),
             "centre": weight.centre * losses.centre_separation(centres),
             "attention": weight.attention * losses.class_attention(attentions, y),
             "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),

@@ -18,7 +18,7 @@ from vhabl import losses
 from vhabl.encoders import FeatureScaling
 from vhabl.errors import fail
 from vhabl.layers import FusedHashNet, FusedNetSettings
-from vhabl.methods.base import HashingMethod, check_nesting
+from vhabl.methods.base import HashingMethod, check_nesting, mean_terms, member_prefixes
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
 
@@ -65,7 +65,6 @@ class VHABL(HashingMethod):
         self.importance_in = nn.Linear(k, max(1, k // 2))
         self.importance_out = nn.Linear(max(1, k // 2), k)
         self.register_buffer("importance", torch.ones(k))
-        self.prefixes = losses.doubling_lengths(settings.shortest, k)
 
     @classmethod
     def check_settings(cls, settings: VHABLSettings) -> None:
@@ -84,7 +83,7 @@ class VHABL(HashingMethod):
         return w / w.mean(dim=1, keepdim=True)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        y, weight = batch.labels, self.settings.weights
+        y = batch.labels
         target = losses.TARGETS[self.settings.target](y)
         h, attentions = self.net(self.scaling(batch.inputs))
         # The importance network learns which bits carry the neighbourhood; it does not bend them.
@@ -92,16 +91,27 @@ class VHABL(HashingMethod):
         w = self.bit_weights(fixed)
         with torch.no_grad():
             self.importance.lerp_(w.mean(dim=0), 1 - self.settings.momentum)
-            order = self.importance.argsort(descending=True)
-        ranked = h[:, order]
-        centres = torch.tanh(self.centres)
+        members = []
+        for bits, attention in zip(self.net.member_bits(), attentions, strict=True):
+            ranked = bits[self.importance[bits].argsort(descending=True)]
+            members.append(self.member_loss(h, ranked, attention, y, target))
+        importance = losses.weighted_similarity(fixed, w, target)
+        return mean_terms(members) | {"importance": self.settings.weights.importance * importance}
+
+    def member_loss(
+        self, h: Tensor, ranked: Tensor, attentions: list[Tensor], y: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms of one member of the network, whose bits are `ranked` by importance."""
+        weight = self.settings.weights
+        h, centres = h[:, ranked], torch.tanh(self.centres[:, ranked])
+        logits = F.linear(h, self.classifier.weight[:, ranked], self.classifier.bias)
+        prefixes = member_prefixes(self.settings.shortest, self.bits, len(ranked))
         return {
             "similarity": weight.similarity * losses.similarity(h, target),
-            "classification": weight.classification * losses.classification(self.classifier(h), y),
-            "importance": weight.importance * losses.weighted_similarity(fixed, w, target),
-            "nested": weight.nested * losses.nested_similarity(ranked, target, self.prefixes),
+            "classification": weight.classification * losses.classification(logits, y),
+            "nested": weight.nested * losses.nested_similarity(h, target, prefixes),
             "nested_classes": weight.nested_classes
-            * losses.nested_classification(ranked, centres[:, order], self.bias, y, self.prefixes),
+            * losses.nested_classification(h, centres, self.bias, y, prefixes),
             "attention": weight.attention * losses.class_attention(attentions, y),
             "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),
             "contrast": weight.contrast * losses.centre_contrast(h, centres, y),
