@@ -17,6 +17,7 @@ from vhabl.data import load as load_data
 from vhabl.data import validation_split
 from vhabl.errors import VhablError
 from vhabl.evaluator import batches_in_order, code_tasks
+from vhabl.optim import WeightMean
 from vhabl.trainer import STATE_FILE, Trainer, pick_device
 
 
@@ -42,13 +43,29 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_mean_of_weights_is_weighted_by_a_power_of_the_update() -> None:
+    """eta = 1: the t-th of T states has weight 2 t / (T (T + 1))."""
+    model = torch.nn.BatchNorm1d(1)
+    mean = WeightMean(model, 1.0)
+    states = [3.0, -1.0, 4.0, 1.5]
+    for state in states:
+        torch.nn.init.constant_(model.weight, state)
+        model.num_batches_tracked += 1
+        mean.update(model)
+    expected = sum(2 * t * x for t, x in enumerate(states, start=1)) / (4 * 5)
+    assert mean.model.weight.item() == pytest.approx(expected)
+    assert mean.model.num_batches_tracked == 4
+    assert not mean.model.weight.requires_grad
+
+
+@pytest.mark.parametrize("averaging", [0.0, 2.0])
 @pytest.mark.parametrize("epochs_before", [1, 2, 3, 4, 5])
 def test_an_interrupted_run_ends_with_the_same_weights(
-    feature_file: Path, monkeypatch: pytest.MonkeyPatch, epochs_before: int, ema: float
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch, epochs_before: int, averaging: float
 ) -> None:
     """Interrupted in any epoch of either phase (4 of selection, then the final ones)."""
-    config = small_config(feature_file, "vh_abl", f"optim.ema={ema}", "model.net.dropout=0.3")
+    overrides = f"optim.averaging={averaging}", "model.net.dropout=0.3"
+    config = small_config(feature_file, "vh_abl", *overrides)
     data = load_data(config.data)
     whole = Trainer(override(config, ["out=whole"]), data, False)
     expected = weights(whole.run())

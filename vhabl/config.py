@@ -362,9 +362,9 @@ def _check(c: Config) -> None:
     schedules = ("constant", "cosine")
     _require(o.schedule in schedules, "optim.schedule", o.schedule, " | ".join(schedules))
     _require(0 < o.lr < math.inf, "optim.lr", o.lr, "a number above 0")
-    for name in ("ema", "warmup", "momentum"):
+    for name in ("warmup", "momentum"):
         _require(0 <= getattr(o, name) < 1, f"optim.{name}", getattr(o, name), "0 up to below 1")
-    for name in ("weight_decay", "clip"):
+    for name in ("weight_decay", "clip", "averaging"):
         _require(0 <= getattr(o, name) < math.inf, f"optim.{name}", getattr(o, name), "0 or more")
     _require(0 <= v.fraction <= 0.5, "validation.fraction", v.fraction, "0 to 0.5")
     _require(v.every >= 1, "validation.every", v.every, "at least 1")

@@ -43,23 +43,26 @@ def set_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, progress: fl
 
 
 class WeightMean(Generic[Model]):
-    """Exponential running mean of a model's floating-point state.
+    """Mean of a model's floating-point state over all updates, the t-th weighted as t^eta.
 
-    The decay rises from 0 with the number of updates, so that early weights are soon forgotten.
+    Late weights count more, and no window has to be chosen for a length of training: the update is
+    `mean += (eta + 1) / (t + eta) (now - mean)` (Shamir & Zhang, ICML 2013).
     """
 
-    def __init__(self, model: Model, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: Model, eta: float) -> None:
+        self.eta = eta
         self.updates = 0
         self.model = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        mine, theirs = self.model.state_dict(), model.state_dict()
-        for name, value in mine.items():
-            if value.is_floating_point():
-                value.lerp_(theirs[name], 1 - decay)
-            else:
-                value.copy_(theirs[name])
+        share = (self.eta + 1) / (self.updates + self.eta)
+        pairs = list(
+            zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        )
+        moving = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([mean for mean, _ in moving], [now for _, now in moving], share)
+        for mean, now in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(now)

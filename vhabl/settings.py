@@ -43,7 +43,10 @@ class OptimConfig:
     schedule: str = key("learning rate over the epochs: constant | cosine", "constant")
     warmup: float = key("share of the steps in which the rate rises from 0", 0.0)
     clip: float = key("gradient norm is clipped to this; 0 is off", 0.0)
-    ema: float = key("decay of the running mean of weights that is kept and used; 0 is off", 0.0)
+    averaging: float = key(
+        "keeps the mean of the weights over all updates, the t-th counting t^averaging; 0 is off",
+        0.0,
+    )
 
 
 @dataclass(frozen=True)

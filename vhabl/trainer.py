@@ -115,8 +115,8 @@ class Trainer:
         self.inputs = inputs.to(self.device)
         self.labels = torch.from_numpy(self.train.labels).float().to(self.device)
         self.optimizer = build_optimizer(self.method.param_groups(), config.optim)
-        decay = config.optim.ema
-        self.mean = WeightMean(self.method, decay) if decay else None
+        eta = config.optim.averaging
+        self.mean = WeightMean(self.method, eta) if eta else None
 
     def _train_phase(self) -> None:
         progress, config = self.progress, self.config
