@@ -131,12 +131,10 @@ def multi_similarity(
     positive = positive & (fixed - margin < hardest_negative)
     both = positive.any(dim=1) & negative.any(dim=1)
 
-    # log(1 + sum e^x) = softplus(logsumexp x); the fill is finite so that an anchor without a pair
-    # has a zero gradient instead of NaN.
-    void = torch.finfo(s.dtype).min / 2
-    pull = torch.logsumexp((-scale_positive * (s - threshold)).masked_fill(~positive, void), dim=1)
-    push = torch.logsumexp((scale_negative * (s - threshold)).masked_fill(~negative, void), dim=1)
-    anchors = F.softplus(pull) / scale_positive + F.softplus(push) / scale_negative
+    # Cosines are at most 1, so that no exponent comes near the end of float32.
+    pull = (torch.exp(-scale_positive * (s - threshold)) * positive).sum(dim=1)
+    push = (torch.exp(scale_negative * (s - threshold)) * negative).sum(dim=1)
+    anchors = torch.log1p(pull) / scale_positive + torch.log1p(push) / scale_negative
     return (anchors * both).sum() / len(h)
 
 
