@@ -32,7 +32,7 @@ def vh_abl(feature_file: Path) -> tuple[VHABL, Trainer]:
 
 
 def test_calibration_ranks_bits_and_changes_nothing_else(feature_file: Path) -> None:
-    config = small_config(feature_file, "vh_abl")
+    config = small_config(feature_file, "vh_abl", "model.net.members=1")
     data = load_data(config.data)
     torch.manual_seed(3)
     method = VHABL(data.spec, config.bits, config.model).eval()
@@ -54,6 +54,26 @@ def test_calibration_ranks_bits_and_changes_nothing_else(feature_file: Path) -> 
         assert torch.allclose(after @ torch.tanh(method.centres).T, distances, atol=1e-5)
     target = 2 * (labels @ labels.T) - 1
     assert torch.allclose(similarity(after, target), similarity(before, target), atol=1e-6)
+
+
+def test_members_take_turns_in_the_ranking(feature_file: Path) -> None:
+    config = small_config(feature_file, "vh_abl", "model.net.members=3")
+    data = load_data(config.data)
+    torch.manual_seed(3)
+    method = VHABL(data.spec, config.bits, config.model).eval()
+    inputs = data.train.inputs()
+    with torch.no_grad():
+        before = method.embed(inputs)["fused"]
+        weights = method.bit_weights(before).mean(dim=0)
+        method.calibrate(batches_in_order(data.train, CPU))
+        after = method.embed(inputs)["fused"]
+    order = []
+    for turn in range(6):  # the bits of member m are m, m + 3, m + 6 ...
+        members = [sorted(range(m, 16, 3), key=lambda i: -weights[i]) for m in range(3)]
+        ranked = [bits[turn] for bits in members if turn < len(bits)]
+        order += sorted(ranked, key=lambda i: -weights[i])
+    assert torch.allclose(after, before[:, order], atol=1e-6)
+    assert torch.allclose(method.importance, weights[order], atol=1e-6)
 
 
 def test_calibrating_twice_is_calibrating_once(vh_abl: tuple[VHABL, Trainer]) -> None:

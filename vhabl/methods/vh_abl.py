@@ -52,7 +52,7 @@ class VHABL(HashingMethod):
     task = "fused"
     Settings = VHABLSettings
 
-    importance: Tensor  # [K] mean weight of each bit; falls from bit to bit once calibrated
+    importance: Tensor  # [K] mean weight of each bit
 
     def __init__(self, spec: DataSpec, bits: list[int], settings: VHABLSettings) -> None:
         super().__init__(spec, bits, settings)
@@ -122,15 +122,21 @@ class VHABL(HashingMethod):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        """Rank the bits by their mean importance on the training items and permute the model, so
-        that bit 1 of every later code is the most important one.
+        """Rank the bits by their mean importance on the training items and permute the model: first
+        the most important bit of each member of the network, then the second of each, and so on,
+        as members are trained on their own prefixes and err apart.
         """
         total, items = torch.zeros_like(self.importance), 0
         for batch in batches:
             total += self.bit_weights(self.embed(batch.inputs)["fused"]).sum(dim=0)
             items += len(batch.labels)
         self.importance.copy_(total / items)
-        self.reorder(self.importance.argsort(descending=True, stable=True))
+        place = torch.empty_like(self.importance)  # of each bit within its member
+        for bits in self.net.member_bits():
+            ranked = bits[self.importance[bits].argsort(descending=True, stable=True)]
+            place[ranked] = torch.arange(len(bits)).to(place)
+        by_importance = self.importance.argsort(descending=True, stable=True)
+        self.reorder(by_importance[place[by_importance].argsort(stable=True)])
 
     @torch.no_grad()
     def reorder(self, order: Tensor) -> None:
