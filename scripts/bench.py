@@ -1,21 +1,30 @@
 """Benchmarks: ratios of two ways to do the same thing, measured in one run.
 
 python scripts/bench.py losses [--json]
+python scripts/bench.py eval [--json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vhabl import losses
+from vhabl.metrics import HEADLINE, MEASURES, Kernel, evaluate
+from vhabl.metrics.counts import Packed
+from vhabl.metrics.evaluation import pick_kernel
+from vhabl.types import Codes
 
 
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -84,12 +93,147 @@ def bench_losses() -> list[dict[str, object]]:
     ]
 
 
+LOOP_QUERIES = 40  # the loop's time is proportional to the queries: a share of them is enough
+EVAL_CASES = {  # queries, items, bits, classes: the sizes of VH-ABL's NUS-WIDE and PGHMH's COCO
+    "NUS-WIDE": (2085, 193_749, 128, 21),
+    "COCO": (5000, 117_218, 64, 80),
+}
+LINEAR_ITEMS = (1_000_000, 3_000_000, 10_000_000)
+
+
+def average_precision_loop(codes: Codes, queries: int) -> float:
+    """mAP@all as the releases compute it: for each query a matrix product, a sort, a gather."""
+    database, labels = codes.database.astype(np.float32), codes.database_labels.astype(np.float32)
+    total = 0.0
+    for q in range(queries):
+        match = (codes.query_labels[q].astype(np.float32) @ labels.T > 0).astype(np.float32)
+        found = int(match.sum())
+        if found == 0:
+            continue
+        distance = 0.5 * (codes.bits - codes.query[q].astype(np.float32) @ database.T)
+        match = match[np.argsort(distance)]
+        ranks = np.flatnonzero(match == 1) + 1.0
+        total += float(np.mean(np.linspace(1, found, found) / ranks))
+    return total / queries
+
+
+def random_codes(queries: int, items: int, bits: int, classes: int) -> Codes:
+    """Codes and labels of these sizes; every item has two labels or so."""
+    rng = np.random.default_rng(0)
+
+    def signs(rows: int) -> np.ndarray:
+        return rng.integers(0, 2, (rows, bits), np.int8) * 2 - 1
+
+    def labels(rows: int) -> np.ndarray:
+        y = (rng.random((rows, classes)) < 1 / classes).astype(np.uint8)
+        y[np.arange(rows), rng.integers(0, classes, rows)] = 1
+        return y
+
+    return Codes(signs(queries), signs(items), labels(queries), labels(items))
+
+
+def peak_mib(run: Callable[[], object]) -> float | None:
+    """How far a call raises the process's peak memory above what is held before it, in MiB."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(key: str) -> float:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(key))
+        return int(line.split()[1]) / 1024
+
+    try:
+        reset.write_text("5")  # the peak starts anew from here
+    except OSError:
+        return None
+    before = read("VmRSS")
+    run()
+    return read("VmHWM") - before
+
+
+def bench_eval() -> list[dict[str, object]]:
+    """The evaluator against the per-query loop, and its time over growing databases."""
+    kernels: list[Kernel] = ["numba"]
+    if torch.cuda.is_available():
+        kernels += ["torch", "triton"]
+    rows: list[dict[str, object]] = []
+    for name, size in EVAL_CASES.items():
+        codes = random_codes(*size)
+        start = time.perf_counter()
+        value = average_precision_loop(codes, LOOP_QUERIES)
+        loop = (time.perf_counter() - start) * len(codes.query) / LOOP_QUERIES
+        for kernel in kernels:
+            case = f"mAP@all, {name} size: queries x items x bits x classes {size}"
+            rows.append({"case": case} | evaluator_against(codes, kernel, loop, value))
+    return rows + bench_linear()
+
+
+def evaluator_against(
+    codes: Codes, kernel: Kernel, loop: float, loop_value: float
+) -> dict[str, object]:
+    """One kernel beside the loop's seconds and its value on the first queries."""
+
+    def measure() -> None:
+        evaluate(codes, HEADLINE, kernel=kernel)
+
+    labels = codes.query_labels[:LOOP_QUERIES]
+    part = Codes(codes.query[:LOOP_QUERIES], codes.database, labels, codes.database_labels)
+    (found,) = evaluate(part, HEADLINE, kernel=kernel)  # compiles
+    packed = Packed.of(codes)
+    seconds = median_seconds(measure, 3)
+    return {
+        "kernel": kernel,
+        "loop_seconds": loop,
+        "loop_queries_timed": LOOP_QUERIES,
+        "seconds": seconds,
+        "histogram_seconds": median_seconds(lambda: pick_kernel(kernel).histogram(packed), 3),
+        "all_measures_seconds": median_seconds(lambda: evaluate(codes, MEASURES), 1),
+        "ratio": loop / seconds,
+        "peak_mib_above_inputs": peak_mib(measure),
+        "difference": abs(found.value - loop_value),
+        "cores": os.cpu_count(),
+    }
+
+
+def bench_linear() -> list[dict[str, object]]:
+    """100 queries of 128 bits against growing databases in a memory map."""
+    rows: list[dict[str, object]] = []
+    rng = np.random.default_rng(0)
+    query = rng.integers(0, 1 << 63, (100, 2)).astype(np.uint64)
+    mask = np.uint64(1) << rng.integers(0, 21, (100, 1)).astype(np.uint64)
+    with tempfile.TemporaryDirectory() as folder:
+        for items in LINEAR_ITEMS:
+            database = np.memmap(f"{folder}/codes{items}", np.uint64, "w+", shape=(items, 2))
+            labels = np.memmap(f"{folder}/labels{items}", np.uint64, "w+", shape=(items, 1))
+            for start in range(0, items, 1_000_000):
+                rows_here = min(1_000_000, items - start)
+                words = rng.integers(0, 1 << 63, (rows_here, 2)).astype(np.uint64)
+                database[start : start + rows_here] = words
+                labels[start : start + rows_here] = np.uint64(1) << (words[:, :1] % np.uint64(21))
+            packed = Packed(128, query, database, mask, labels)
+            seconds = median_seconds(lambda p=packed: pick_kernel("auto").histogram(p), 3)
+            rows.append(
+                {
+                    "case": f"histogram of 100 queries x {items:,} items in a memory map, 128 bits",
+                    "seconds": seconds,
+                    "nanoseconds_per_pair": seconds / items / 100 * 1e9,
+                    "ratio": None,
+                    "cores": os.cpu_count(),
+                }
+            )
+    return rows
+
+
+BENCHES: dict[str, Callable[[], list[dict[str, object]]]] = {
+    "losses": bench_losses,
+    "eval": bench_eval,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("losses",))
+    parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--json", action="store_true", help="one record a line")
     given = parser.parse_args()
-    for record in bench_losses():
+    for record in BENCHES[given.what]():
         if given.json:
             print(json.dumps(record))
         else:

@@ -68,7 +68,9 @@ def one_message(err: str) -> str:
 
 def test_evaluation_repeats_the_numbers_of_training(run_folder: Path, command) -> None:
     stored = json.loads((run_folder / "metrics.json").read_text())
-    code, out, _ = command(evaluation.main, "--checkpoint", run_folder, "--json")
+    code, out, _ = command(
+        evaluation.main, "--checkpoint", run_folder, "--json", "--measures", "curves"
+    )
     assert code == 0
     assert [json.loads(line) for line in out.splitlines()] == stored
 

@@ -40,7 +40,7 @@ def test_a_recipe_runs_whole(recipe: Path, tmp_path: Path) -> None:
     data = load_data(config.data)
     rows = train.train(config, data, progress_bar=False)
     assert {r.bits for r in rows} == set(config.bits)
-    assert all(0 <= r.value <= 1 for r in rows)
+    assert all(0 <= r.value <= 1 for r in rows if "mAP" in r.measure)
     run = runs.load(Path("run"))
     found = code_tasks(run.method, data, config.bits)
     longest = found[max(config.bits)]

@@ -199,7 +199,7 @@ def test_a_run_folder_is_whole_and_reloads_to_equal_codes(feature_file: Path) ->
     assert stored_rows == [row.as_dict() for row in rows]
     assert set(stored_rows[0]) == {
         "method", "data", "task", "bits", "measure", "value", "seed", "ties", "oracle_labels",
-        "queries", "queries_without_match", "database",
+        "queries", "queries_without_match", "database", "own_items",
     }  # fmt: skip
 
 

@@ -14,8 +14,7 @@ from vhabl import codes, errors, runs
 from vhabl.config import override
 from vhabl.data import load as load_data
 from vhabl.errors import fail
-from vhabl.evaluator import Record, code_tasks, records, to_records
-from vhabl.metrics import HEADLINE, MEASURES, Measure, evaluate
+from vhabl.evaluator import MeasureSet, Record, code_tasks, measure, records
 from vhabl.report import print_table
 from vhabl.settings import DataConfig
 from vhabl.trainer import pick_device
@@ -49,9 +48,15 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--measures",
-        choices=("headline", "all"),
+        choices=("headline", "all", "curves"),
         default=None,
-        help="headline (mAP@all) is the default for runs, all for code files",
+        help="headline (mAP@all) is the default for runs, all for code files; "
+        "curves adds precision and recall over ranks and radii",
+    )
+    parser.add_argument(
+        "--keep-own",
+        action="store_true",
+        help="keep a query that is in the database itself (it is left out by default)",
     )
     parser.add_argument("--json", action="store_true", help="one record a line instead of a table")
     parser.add_argument(
@@ -64,10 +69,15 @@ def main(arguments: list[str]) -> int:
     if given.codes:
         if given.bits or given.overrides:
             fail("argument --codes", "--bits or an override beside it", "code files alone")
-        rows = evaluate_files(given.codes, MEASURES if given.measures != "headline" else HEADLINE)
+        rows = evaluate_files(given.codes, given.measures or "all")
     else:
-        measures = MEASURES if given.measures == "all" else HEADLINE
-        rows = evaluate_runs(given.checkpoint, given.bits, measures, given.overrides)
+        rows = evaluate_runs(
+            given.checkpoint,
+            given.bits,
+            given.measures or "headline",
+            given.overrides,
+            given.keep_own,
+        )
     if given.json:
         for row in rows:
             print(json.dumps(row.as_dict()))
@@ -85,7 +95,11 @@ def _lengths(text: str) -> list[int]:
 
 
 def evaluate_runs(
-    folder: Path, bits: list[int] | None, measures: tuple[Measure, ...], overrides: list[str]
+    folder: Path,
+    bits: list[int] | None,
+    measures: MeasureSet,
+    overrides: list[str],
+    keep_own: bool = False,
 ) -> list[Record]:
     """Encode and measure again every run at or below a folder."""
     rows: list[Record] = []
@@ -99,17 +113,18 @@ def evaluate_runs(
         runs.check_data(run, data)
         method = run.method.to(pick_device(config.device))
         found = code_tasks(method, data, bits or config.bits)
-        rows += records(method.title, data, found, config.seed, measures)
+        rows += records(method.title, data, found, config.seed, measures, keep_own)
     return rows
 
 
-def evaluate_files(paths: list[Path], measures: tuple[Measure, ...]) -> list[Record]:
+def evaluate_files(paths: list[Path], measures: MeasureSet) -> list[Record]:
     """Measure code files: records whose method is the file's path."""
     rows: list[Record] = []
     for path in paths:
         for task, found in codes.load(path).items():
-            for value in evaluate(found, measures):
-                rows += to_records(value, str(path), "file", task, found.bits, 0, "all")
+            name = str(path)
+            template = Record(name, "file", task, found.bits, "", 0.0, 0, "", False, 0, 0, "all")
+            rows += measure(found, template, measures)
     return rows
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vhabl.data import without
 from vhabl.methods.base import HashingMethod
-from vhabl.metrics import HEADLINE, Measure, Value, evaluate
+from vhabl.metrics import HEADLINE, MEASURES, Value, code_statistics, curves, evaluate
 from vhabl.types import Batch, Codes, Dataset, Split
 
 ENCODE_BATCH = 2048  # items encoded at once; part of the protocol, so that results repeat
@@ -33,6 +34,7 @@ class Record:
     queries: int
     queries_without_match: int
     database: str  # all | without_train
+    own_items: str = "none"  # queries that are in the database themselves: none | left_out | kept
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -87,56 +89,85 @@ def code_tasks(
     return {bits: to_tasks(query[bits], database[bits], data) for bits in lengths}
 
 
+MeasureSet = Literal["headline", "all", "curves"]  # each holds the one before it
+
+
 def records(
     title: str,
     data: Dataset,
     codes: dict[int, dict[str, Codes]],
     seed: int,
-    measures: tuple[Measure, ...] = HEADLINE,
+    measures: MeasureSet = "headline",
+    keep_own: bool = False,
 ) -> list[Record]:
     """Measures of codes at every length, on the whole database and, where some of it was trained
-    on and some not, on the database without the training items.
+    on and some not, on the database without the training items. A query that is in the database
+    itself is left out there (keep_own: kept, as some releases do).
     """
     rows: list[Record] = []
     unseen = np.flatnonzero(np.isin(data.database.ids, without(data.database, data.train).ids))
+    databases = {"all": np.arange(len(data.database))}
+    if 0 < len(unseen) < len(data.database):
+        databases["without_train"] = unseen
     for bits, tasks in codes.items():
         for task, found in tasks.items():
-            databases = {"all": found}
-            if 0 < len(unseen) < len(data.database):
-                databases["without_train"] = Codes(
+            for database, items in databases.items():
+                part = Codes(
                     found.query,
-                    found.database[unseen],
+                    found.database[items],
                     found.query_labels,
-                    found.database_labels[unseen],
+                    found.database_labels[items],
                 )
-            for database, part in databases.items():
-                for value in evaluate(part, measures):
-                    rows += to_records(value, title, data.name, task, bits, seed, database)
+                own = own_positions(data.query.ids, data.database.ids[items])
+                kind = "none" if own is None else "kept" if keep_own else "left_out"
+                template = Record(
+                    title, data.name, task, bits, "", 0.0, seed, "", False, 0, 0, database, kind
+                )
+                rows += measure(part, template, measures, own if kind == "left_out" else None)
     return rows
 
 
-def to_records(
-    value: Value, title: str, data: str, task: str, bits: int, seed: int, database: str
+def own_positions(queries: np.ndarray, database: np.ndarray) -> np.ndarray | None:
+    """Where each query itself is in the database, -1 where it is not: [Q]; None where none is."""
+    place = {item: position for position, item in enumerate(database.tolist())}
+    own = np.array([place.get(item, -1) for item in queries.tolist()])
+    return own if (own >= 0).any() else None
+
+
+def measure(
+    codes: Codes, template: Record, measures: MeasureSet, own: np.ndarray | None = None
 ) -> list[Record]:
-    """The headline record, and its twin over the queries that have a match."""
-    both = ((value.measure, value.value), (f"{value.measure} (matched)", value.value_matched_only))
-    return [
-        Record(
-            title,
-            data,
-            task,
-            bits,
-            name,
-            number,
-            seed,
-            value.ties,
-            False,
-            value.queries,
-            value.queries_without_match,
-            database,
-        )
-        for name, number in both
-    ]
+    """Records of one set of codes; the template names them.
+
+    Every measure but those of curves and of the codes alone has a twin over the queries that have
+    a match.
+    """
+    asked = {"headline": HEADLINE}.get(measures, MEASURES)
+    counted = len(asked)
+    if measures == "curves":
+        asked = (*asked, *curves(codes.bits))
+    rows: list[Record] = []
+    for number, value in enumerate(evaluate(codes, asked, own=own)):
+        rows.append(_record(template, value, value.measure, value.value))
+        if number < counted:
+            rows.append(
+                _record(template, value, f"{value.measure} (matched)", value.value_matched_only)
+            )
+    if measures != "headline":
+        for name, number in code_statistics(codes.database).items():
+            rows.append(replace(template, measure=name, value=number, queries=len(codes.query)))
+    return rows
+
+
+def _record(template: Record, value: Value, name: str, number: float) -> Record:
+    return replace(
+        template,
+        measure=name,
+        value=number,
+        ties=value.ties,
+        queries=value.queries,
+        queries_without_match=value.queries_without_match,
+    )
 
 
 def validation_score(method: HashingMethod, data: Dataset, lengths: Sequence[int]) -> float:

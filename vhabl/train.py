@@ -64,7 +64,7 @@ def train(config: Config, data: Dataset, progress_bar: bool = True) -> list[Reco
     folder.mkdir(parents=True, exist_ok=True)
     method = trainer.run()
     found = code_tasks(method, data, config.bits)
-    rows = records(method.title, data, found, config.seed)
+    rows = records(method.title, data, found, config.seed, "curves")
     if config.code_folder is not None:
         for tasks in found.values():
             codes.save(config.code_folder, method.title, data.name, tasks)

@@ -1,24 +1,41 @@
-"""Retrieval measures on Hamming distances: pure functions of arrays, no input or output."""
+"""Retrieval measures of codes, exact under ties: pure functions of arrays, no input or output.
 
-from vhabl.metrics.hamming import hamming_distances, relevance_histogram
+`evaluate` is the one call. Behind it a kernel counts (counts.py says what), on CPU or GPU, and
+measures.py computes every measure from the counts.
+"""
+
+from vhabl.metrics.evaluation import (
+    Kernel,
+    Value,
+    evaluate,
+    evaluate_ranking,
+    integer_weights,
+    per_query,
+)
+from vhabl.metrics.hamming import hamming_distances
 from vhabl.metrics.measures import (
     HEADLINE,
     MEASURES,
     Measure,
     Ties,
-    Value,
     average_precision,
-    evaluate,
+    code_statistics,
+    curves,
 )
 
 __all__ = [
     "HEADLINE",
     "MEASURES",
+    "Kernel",
     "Measure",
     "Ties",
     "Value",
     "average_precision",
+    "code_statistics",
+    "curves",
     "evaluate",
+    "evaluate_ranking",
     "hamming_distances",
-    "relevance_histogram",
+    "integer_weights",
+    "per_query",
 ]

@@ -1,12 +1,11 @@
-"""Hamming distances of +-1 codes, and their histograms per query."""
+"""Hamming distances and shared labels as whole matrices: for looking at a few queries.
+
+The measures do not use them: their kernels never hold a matrix of queries x database.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-
-BLOCK_PAIRS = 1 << 23  # pairs of items held at once: bounds the memory at about 100 MB
 
 
 def hamming_distances(query: np.ndarray, database: np.ndarray) -> np.ndarray:
@@ -23,37 +22,6 @@ def hamming_distances(query: np.ndarray, database: np.ndarray) -> np.ndarray:
     return ((bits - products) * 0.5).astype(np.int32)
 
 
-def query_blocks(queries: int, items: int) -> Iterator[slice]:
-    """Slices of queries whose pairs with all items fit the memory bound."""
-    step = max(1, BLOCK_PAIRS // max(1, items))
-    for start in range(0, queries, step):
-        yield slice(start, min(start + step, queries))
-
-
 def shared_labels(query_labels: np.ndarray, database_labels: np.ndarray) -> np.ndarray:
     """Number of classes that two items share: [Q, C] x [N, C] -> [Q, N] int32."""
     return (query_labels.astype(np.float32) @ database_labels.astype(np.float32).T).astype(np.int32)
-
-
-def relevance_histogram(
-    query: np.ndarray,
-    database: np.ndarray,
-    query_labels: np.ndarray,
-    database_labels: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Items and relevant items at each Hamming distance: two arrays [Q, K + 1] int64.
-
-    An item is relevant to a query when the two share a label.
-    """
-    bits = query.shape[1]
-    items = np.zeros((len(query), bits + 1), np.int64)
-    relevant = np.zeros_like(items)
-    for rows in query_blocks(len(query), len(database)):
-        distances = hamming_distances(query[rows], database)  # (b, N)
-        match = shared_labels(query_labels[rows], database_labels) > 0  # (b, N)
-        first_bin = np.arange(len(distances))[:, None] * (bits + 1)
-        bins = distances + first_bin  # a bin of its own for each (query, distance)
-        size = len(distances) * (bits + 1)
-        items[rows] = np.bincount(bins.ravel(), minlength=size).reshape(-1, bits + 1)
-        relevant[rows] = np.bincount(bins[match], minlength=size).reshape(-1, bits + 1)
-    return items, relevant

@@ -1,0 +1,191 @@
+"""The kernels on CPU: xor, popcount, label masks and histogram, on all cores.
+
+The database is read once, chunk by chunk; every chunk is laid out by word so that the compiler
+vectorises the distances, and is used for all queries while it is in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types, uint64
+from numba.extending import intrinsic
+
+from vhabl.metrics.counts import Ordered, Packed, discounts, gains, without_own
+
+CHUNK = 8192  # items; a chunk and its bins stay in the first cache levels
+
+
+@intrinsic
+def popcount(_context: Any, _word: Any) -> Any:
+    """Number of ones of a 64-bit word, as the processor's own instruction."""
+
+    def build(_: Any, builder: ir.IRBuilder, __: Any, arguments: Sequence[Any]) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), build
+
+
+@njit(cache=True, nogil=True)
+def _by_word(rows: np.ndarray, start: int, n: int, out: np.ndarray) -> None:
+    """Words of rows start ... start + n, transposed into out [W, CHUNK]."""
+    for i in range(n):
+        for w in range(rows.shape[1]):
+            out[w, i] = rows[start + i, w]
+
+
+@njit(cache=True, nogil=True)
+def _distances(
+    query: np.ndarray, words: np.ndarray, table: np.ndarray, n: int, out: np.ndarray
+) -> None:
+    """Distances of one query to the n items of a chunk.
+
+    table: empty, or for each byte of a code the summed weights of its ones, [8 W, 256].
+    """
+    out[:n] = 0
+    for w in range(len(query)):
+        q, row = query[w], words[w]
+        if len(table) == 0:
+            for i in range(n):
+                out[i] += np.uint32(popcount(row[i] ^ q))
+        else:
+            for byte in range(8):
+                weights, shift = table[8 * w + byte], uint64(8 * byte)
+                for i in range(n):
+                    out[i] += weights[((row[i] ^ q) >> shift) & uint64(255)]
+
+
+@njit(cache=True, nogil=True)
+def _shared(query: np.ndarray, masks: np.ndarray, n: int, out: np.ndarray) -> None:
+    """Number of labels that one query shares with the n items of a chunk."""
+    out[:n] = 0
+    for w in range(len(query)):
+        q, row = query[w], masks[w]
+        for i in range(n):
+            out[i] += np.uint32(popcount(row[i] & q))
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _histogram(
+    query: np.ndarray,
+    database: np.ndarray,
+    query_labels: np.ndarray,
+    database_labels: np.ndarray,
+    table: np.ndarray,
+    distances: int,
+    levels: int,
+) -> np.ndarray:
+    counts = np.zeros((len(query), distances * levels), np.int64)
+    words = np.empty((query.shape[1], CHUNK), np.uint64)
+    masks = np.empty((query_labels.shape[1], CHUNK), np.uint64)
+    for start in range(0, len(database), CHUNK):
+        n = min(CHUNK, len(database) - start)
+        _by_word(database, start, n, words)
+        _by_word(database_labels, start, n, masks)
+        for q in prange(len(query)):
+            bins = np.empty(CHUNK, np.uint32)
+            shared = np.empty(CHUNK, np.uint32)
+            _distances(query[q], words, table, n, bins)
+            _shared(query_labels[q], masks, n, shared)
+            for i in range(n):
+                bins[i] = bins[i] * np.uint32(levels) + shared[i]
+            # Two histograms in turn: an item need not wait for the count of the one before it.
+            even, odd = counts[q], np.zeros(distances * levels, np.int64)
+            for i in range(0, n - 1, 2):
+                even[bins[i]] += 1
+                odd[bins[i + 1]] += 1
+            if n & 1:
+                even[bins[n - 1]] += 1
+            for b in range(len(odd)):
+                even[b] += odd[b]
+    return counts
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _ordered(
+    query: np.ndarray,
+    database: np.ndarray,
+    query_labels: np.ndarray,
+    database_labels: np.ndarray,
+    table: np.ndarray,
+    left_out: np.ndarray,
+    rank: np.ndarray,
+    hits: np.ndarray,
+    cuts: np.ndarray,
+    gain: np.ndarray,
+    discount: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """rank, hits: items and relevant items nearer than each distance, [Q, D]; counted up here."""
+    shape = (len(query), len(cuts))
+    precision, first = np.zeros(shape), np.zeros(shape)
+    within, dcg = np.zeros(shape, np.int64), np.zeros(shape)
+    words = np.empty((query.shape[1], CHUNK), np.uint64)
+    masks = np.empty((query_labels.shape[1], CHUNK), np.uint64)
+    for start in range(0, len(database), CHUNK):
+        n = min(CHUNK, len(database) - start)
+        _by_word(database, start, n, words)
+        _by_word(database_labels, start, n, masks)
+        for q in prange(len(query)):
+            distance = np.empty(CHUNK, np.uint32)
+            shared = np.empty(CHUNK, np.uint32)
+            _distances(query[q], words, table, n, distance)
+            _shared(query_labels[q], masks, n, shared)
+            ranks, found = rank[q], hits[q]
+            skipped = left_out[q] - start
+            for i in range(n):
+                if i == skipped:
+                    continue
+                d = distance[i]
+                ranks[d] += 1
+                if shared[i]:
+                    found[d] += 1
+                    place, hit = ranks[d], found[d]
+                    at = hit / place
+                    for c in range(len(cuts)):
+                        if place <= cuts[c]:
+                            precision[q, c] += at
+                            within[q, c] += 1
+                            dcg[q, c] += gain[shared[i]] * discount[place - 1]
+                        if hit <= cuts[c]:
+                            first[q, c] += at
+    return precision, within, first, dcg
+
+
+def _weight_table(packed: Packed) -> np.ndarray:
+    """Summed weights of the ones of every byte value at every byte of a code, [8 W, 256] uint32."""
+    if packed.weights is None:
+        return np.empty((0, 256), np.uint32)
+    weights = np.zeros(packed.query.shape[1] * 64, np.uint32)
+    weights[: packed.bits] = packed.weights
+    ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return (weights.reshape(-1, 8) @ ones.T.astype(np.uint32)).astype(np.uint32)
+
+
+def _arrays(packed: Packed) -> tuple[np.ndarray, ...]:
+    arrays = packed.query, packed.database, packed.query_labels, packed.database_labels
+    return *(np.ascontiguousarray(a).view(np.ndarray) for a in arrays), _weight_table(packed)
+
+
+def histogram(packed: Packed) -> np.ndarray:
+    """Items at each distance that share each number of labels: int64 [Q, distances, levels]."""
+    counts = _histogram(*_arrays(packed), packed.distances, packed.levels)
+    return without_own(packed, counts.reshape(-1, packed.distances, packed.levels))
+
+
+def ordered(packed: Packed, counts: np.ndarray, cuts: tuple[int, ...]) -> Ordered:
+    """Sums over the ranking with ties in database order; counts: what `histogram` gave."""
+    items, relevant = counts.sum(axis=2), counts[:, :, 1:].sum(axis=2)
+    sums = _ordered(
+        *_arrays(packed),
+        packed.left_out,
+        np.cumsum(items, axis=1) - items,
+        np.cumsum(relevant, axis=1) - relevant,
+        np.array(cuts, np.int64),
+        gains(packed.levels),
+        discounts(min(max(cuts, default=0), len(packed.database))),
+    )
+    precision, within, first, dcg = sums
+    return Ordered(cuts, precision, within, first, dcg)
