@@ -22,8 +22,8 @@ for argument in "$@"; do
         data.*=* | bits=*) shared+=("$argument") ;;
         *=*) own+=("$argument") ;;
         *)
-            if [[ ! -f configs/$argument.yaml ]]; then
-                known=$(basename --suffix .yaml -a configs/*.yaml | tr '\n' ' ')
+            if [[ ! -f configs/$argument.yaml || $argument == published ]]; then
+                known=$(basename --suffix .yaml -a configs/*.yaml | grep -v published | tr '\n' ' ')
                 echo "error: argument $argument: found no such method; expected some of: $known" >&2
                 exit 2
             fi

@@ -16,6 +16,7 @@ from vhabl.config import (
     key_types,
     load,
     load_baselines,
+    recipes,
     to_yaml,
 )
 from vhabl.errors import VhablError
@@ -23,7 +24,7 @@ from vhabl.errors import VhablError
 RECIPE = CONFIG_DIR / "vh_abl.yaml"
 
 
-@pytest.mark.parametrize("recipe", sorted(CONFIG_DIR.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda p: p.stem)
 @pytest.mark.parametrize("data", data_names())
 def test_every_recipe_fits_every_data_set(recipe: Path, data: str) -> None:
     config = load(recipe, [f"data={data}"])

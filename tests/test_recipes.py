@@ -10,13 +10,13 @@ import torch
 from helpers import write_feature_file
 
 from vhabl import methods, runs, train
-from vhabl.config import CONFIG_DIR, load
+from vhabl.config import load, recipes
 from vhabl.data import load as load_data
 from vhabl.evaluator import code_tasks
 from vhabl.methods.base import HashingMethod
 from vhabl.types import Batch, Dataset, Inputs
 
-RECIPES = sorted(CONFIG_DIR.glob("*.yaml"))
+RECIPES = recipes()
 
 
 def untrained(recipe: Path, tmp_path: Path) -> tuple[HashingMethod, Dataset]:

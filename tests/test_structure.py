@@ -17,14 +17,14 @@ ROOT = Path(vhabl.__file__).parent
 # A part may import from its own level and from those above it in this list.
 LEVELS = (
     {"errors", "types"},
-    {"files", "matfile", "settings"},
+    {"files", "matfile", "published", "settings"},
     {"layers", "losses", "codes", "metrics", "optim"},
     {"data", "encoders"},
     {"methods"},
     {"config"},
-    {"evaluator", "search", "audit"},
+    {"evaluator", "search"},
     {"trainer", "report", "runs"},
-    {"train", "eval", "baselines", "importance"},
+    {"train", "eval", "audit", "baselines", "importance"},
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 

@@ -151,6 +151,11 @@ def data_names() -> list[str]:
     return sorted(p.stem for p in (CONFIG_DIR / "data").glob("*.yaml"))
 
 
+def recipes() -> list[Path]:
+    """The recipe of every method, configs/<method>.yaml, by name."""
+    return [CONFIG_DIR / f"{name}.yaml" for name in methods.names()]
+
+
 # -- keys and types --------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Evaluate a saved run, several seeds of one, or code files.
 
 python -m vhabl.eval --checkpoint checkpoint/wiki/vh_abl/0 [--bits 12]
+python -m vhabl.eval --compare checkpoint/wiki/vh_abl checkpoint/wiki/nested_mlp
 python -m vhabl.eval --codes flickrhashcode/wiki/VH-ABL_64-wiki_bits.mat --json
 """
 
@@ -8,17 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from vhabl import codes, errors, runs
 from vhabl.config import override
 from vhabl.data import load as load_data
 from vhabl.errors import fail
-from vhabl.evaluator import MeasureSet, Record, code_tasks, measure, records
+from vhabl.evaluator import (
+    MeasureSet,
+    Record,
+    code_tasks,
+    measure,
+    own_positions,
+    real_valued_records,
+    records,
+)
+from vhabl.metrics import per_query, permutation_test
 from vhabl.report import print_table
 from vhabl.settings import DataConfig
 from vhabl.trainer import pick_device
-from vhabl.types import Dataset
+from vhabl.types import Codes, Dataset
 
 
 def main(arguments: list[str]) -> int:
@@ -38,6 +51,13 @@ def main(arguments: list[str]) -> int:
         metavar="FILE",
         nargs="+",
         help="code files, .mat in the releases' layouts or packed .npz",
+    )
+    what.add_argument(
+        "--compare",
+        type=Path,
+        metavar=("RUN_A", "RUN_B"),
+        nargs=2,
+        help="mAP@all of two runs (or folders of seeds) and whether the difference is chance",
     )
     parser.add_argument(
         "--bits",
@@ -66,6 +86,9 @@ def main(arguments: list[str]) -> int:
         help="data.path=PATH or device=NAME, where they differ from the run's",
     )
     given = parser.parse_intermixed_args(arguments)
+    if given.compare:
+        print(compare(*given.compare, given.bits, given.overrides))
+        return 0
     if given.codes:
         if given.bits or given.overrides:
             fail("argument --codes", "--bits or an override beside it", "code files alone")
@@ -103,6 +126,17 @@ def evaluate_runs(
 ) -> list[Record]:
     """Encode and measure again every run at or below a folder."""
     rows: list[Record] = []
+    for run, data, found in encoded_runs(folder, bits, overrides):
+        rows += records(run.method.title, data, found, run.config.seed, measures, keep_own)
+        if measures != "headline":
+            rows += real_valued_records(run.method, data, list(found), run.config.seed)
+    return rows
+
+
+def encoded_runs(
+    folder: Path, bits: list[int] | None, overrides: list[str]
+) -> Iterator[tuple[runs.Run, Dataset, dict[int, dict[str, Codes]]]]:
+    """Every run at or below a folder, its data and its codes of the lengths asked for."""
     data: Dataset | None = None
     data_config: DataConfig | None = None
     for path in runs.find(folder):
@@ -112,9 +146,45 @@ def evaluate_runs(
             data, data_config = load_data(config.data), config.data
         runs.check_data(run, data)
         method = run.method.to(pick_device(config.device))
-        found = code_tasks(method, data, bits or config.bits)
-        rows += records(method.title, data, found, config.seed, measures, keep_own)
-    return rows
+        yield run, data, code_tasks(method, data, bits or config.bits)
+
+
+def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> str:
+    """A line for each length: both means, their difference and its p-value under the paired
+    permutation test on per-query AP, each query's AP averaged over the seeds of a row.
+    """
+    rows = [_query_precisions(folder, bits, overrides) for folder in (a, b)]
+    lines = [f"mAP@all, expected order of ties; A = {a}, B = {b}"]
+    for key in rows[0]:
+        if key not in rows[1]:
+            continue
+        first, second = (np.mean(row[key], axis=0) for row in rows)
+        if len(first) != len(second):
+            fail(f"{a} and {b}", f"{len(first)} and {len(second)} queries", "runs on the same data")
+        p = permutation_test(first, second)
+        seeds = f"{len(rows[0][key])} and {len(rows[1][key])} seeds"
+        lines.append(
+            f"{key[1]} {key[0]} bits: A {first.mean():.4f}  B {second.mean():.4f}  "
+            f"A - B {first.mean() - second.mean():+.4f}  p = {p:.4f}  "
+            f"({seeds}, {len(first)} queries)"
+        )
+    if len(lines) == 1:
+        fail(f"{a} and {b}", "no code length and task of both", "runs that can be compared")
+    return "\n".join(lines)
+
+
+def _query_precisions(
+    folder: Path, bits: list[int] | None, overrides: list[str]
+) -> dict[tuple[int, str], list[np.ndarray]]:
+    """AP of each query (0 where it has no match) of every run at or below a folder."""
+    found: dict[tuple[int, str], list[np.ndarray]] = {}
+    for _, data, codes_of_run in encoded_runs(folder, bits, overrides):
+        own = own_positions(data.query.ids, data.database.ids)
+        for length, tasks in codes_of_run.items():
+            for task, part in tasks.items():
+                values = np.nan_to_num(per_query(part, own=own))
+                found.setdefault((length, task), []).append(values)
+    return found
 
 
 def evaluate_files(paths: list[Path], measures: MeasureSet) -> list[Record]:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from vhabl.data import without
 from vhabl.methods.base import HashingMethod
-from vhabl.metrics import HEADLINE, MEASURES, Value, code_statistics, curves, evaluate
+from vhabl.metrics import (
+    HEADLINE,
+    MEASURES,
+    Value,
+    code_statistics,
+    curves,
+    evaluate,
+    evaluate_ranking,
+)
 from vhabl.types import Batch, Codes, Dataset, Split
 
 ENCODE_BATCH = 2048  # items encoded at once; part of the protocol, so that results repeat
@@ -125,6 +133,45 @@ def records(
                 )
                 rows += measure(part, template, measures, own if kind == "left_out" else None)
     return rows
+
+
+def real_valued_records(
+    method: HashingMethod, data: Dataset, lengths: Sequence[int], seed: int
+) -> list[Record]:
+    """mAP@all by the cosine of a method's relaxed codes, before the sign: what binarising costs.
+
+    It sorts query by query, and the database is whole.
+    """
+    rows: list[Record] = []
+    index = tuple(m for m in MEASURES if m.name == "mAP@all" and m.ties == "index")
+    query, database = (relaxed_codes(method, split) for split in (data.query, data.database))
+    title = f"{method.title} (real-valued)"
+    for bits in lengths:
+        cut = [{view: _unit(h[:, :bits]) for view, h in side.items()} for side in (query, database)]
+        for task, found in to_tasks(cut[0], cut[1], data).items():
+            (value,) = evaluate_ranking(
+                found.query, found.database, found.query_labels, found.database_labels, index
+            )
+            template = Record(title, data.name, task, bits, "", 0.0, seed, "", False, 0, 0, "all")
+            real = replace(value, ties="real")
+            rows.append(_record(template, real, value.measure, value.value))
+    return rows
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+@torch.no_grad()
+def relaxed_codes(method: HashingMethod, split: Split) -> dict[str, np.ndarray]:
+    """Relaxed codes of all items: {view: float32 [N, K]}."""
+    method.eval()
+    device = next(method.parameters()).device
+    parts: dict[str, list[Tensor]] = {}
+    for batch in batches_in_order(split, device):
+        for view, h in method.embed(batch.inputs).items():
+            parts.setdefault(view, []).append(h.cpu())
+    return {view: torch.cat(chunks).numpy() for view, chunks in parts.items()}
 
 
 def own_positions(queries: np.ndarray, database: np.ndarray) -> np.ndarray | None:

@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from vhabl import codes, errors, runs
-from vhabl.config import CONFIG_DIR, Config, describe_keys, load, to_yaml
+from vhabl.config import Config, describe_keys, load, recipes, to_yaml
 from vhabl.data import load as load_data
-from vhabl.evaluator import Record, code_tasks, records
+from vhabl.evaluator import Record, code_tasks, real_valued_records, records
 from vhabl.report import print_table
 from vhabl.trainer import STATE_FILE, Trainer
 from vhabl.types import Dataset
@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
         print(describe_keys(method))
         return 0
     if not given.config:
-        recipes = ", ".join(str(p) for p in sorted(CONFIG_DIR.glob("*.yaml")))
-        errors.fail("argument --config", "nothing", f"a recipe: {recipes}")
+        known = ", ".join(map(str, recipes()))
+        errors.fail("argument --config", "nothing", f"a recipe: {known}")
     config = load(given.config, given.overrides)
     if given.print_config:
         print(to_yaml(config), end="")
@@ -65,6 +65,7 @@ def train(config: Config, data: Dataset, progress_bar: bool = True) -> list[Reco
     method = trainer.run()
     found = code_tasks(method, data, config.bits)
     rows = records(method.title, data, found, config.seed, "curves")
+    rows += real_valued_records(method, data, config.bits, config.seed)
     if config.code_folder is not None:
         for tasks in found.values():
             codes.save(config.code_folder, method.title, data.name, tasks)

@@ -22,6 +22,7 @@ from vhabl.metrics.measures import (
     code_statistics,
     curves,
 )
+from vhabl.metrics.significance import permutation_test
 
 __all__ = [
     "HEADLINE",
@@ -38,4 +39,5 @@ __all__ = [
     "hamming_distances",
     "integer_weights",
     "per_query",
+    "permutation_test",
 ]

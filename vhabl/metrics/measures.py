@@ -20,7 +20,8 @@ import numpy as np
 from vhabl.metrics.counts import Ordered, discounts, gains
 
 ALL = 1 << 62  # the cut-off that cuts nothing
-Ties = Literal["expected", "index", "best", "worst", "any"]
+# any: ties do not matter; real: a ranking by real numbers, where the rare ties go by position
+Ties = Literal["expected", "index", "best", "worst", "any", "real"]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def table(rows: Sequence[Record], measure: str = "mAP@all", ties: str = "expecte
     cells: dict[Key, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     seeds: dict[Key, set[int]] = defaultdict(set)
     for r in rows:
-        if r.measure != measure or r.ties != ties:
+        if r.measure != measure or r.ties not in (ties, "real"):
             continue
         key = (r.method + (" (oracle labels)" if r.oracle_labels else ""), r.task, r.database)
         cells[key][r.bits].append(r.value)
