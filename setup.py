@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["vhabl", "vhabl.*"]),
     install_requires=[
         "torch>=2.4,<2.14",
-        "numpy>=1.26,<3",
+        "numpy>=2,<3",
         "scipy>=1.11,<2",
         "h5py>=3.10,<4",
         "pyyaml>=6,<7",
@@ -25,6 +25,7 @@ setup(
         "tensorboard>=2.14,<3",
         "matplotlib>=3.8,<4",
         "faiss-cpu>=1.8,<2",
+        "numba>=0.60,<1",
     ],
     extras_require={
         "test": [

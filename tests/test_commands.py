@@ -141,6 +141,19 @@ def test_baselines_and_report(feature_file: Path, run_folder: Path, command) -> 
     assert code == 2 and "no metrics.json" in one_message(err)
 
 
+def test_two_runs_are_compared(feature_file: Path, run_folder: Path, command) -> None:
+    code, out, _ = command(evaluation.main, "--compare", run_folder, run_folder)
+    assert code == 0
+    assert out.count("A - B +0.0000  p = 1.0000  (1 and 1 seeds, 20 queries)") == 2  # lengths
+    other = [a for a in training(feature_file) if not a.startswith("seed=")]
+    assert command(train.main, *other, "seed=1", "epochs=1")[0] == 0
+    seeds = run_folder.parent
+    code, out, _ = command(evaluation.main, "--compare", seeds, run_folder, "--bits", "12")
+    assert code == 0 and "fused 12 bits" in out and "(2 and 1 seeds, 20 queries)" in out
+    code, _, err = command(evaluation.main, "--compare", run_folder, "nowhere")
+    assert code == 2 and "nowhere" in one_message(err)
+
+
 def test_help_and_print_config(feature_file: Path, command) -> None:
     code, out, _ = command(train.main, "--help")
     assert code == 0 and "model.weights.importance" in out and "validation.fraction" in out

@@ -14,7 +14,6 @@ A code file alone cannot prove a leak. It is judged by how its bits err (see `bi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -70,32 +69,20 @@ def audit_checkpoint(method: HashingMethod, data: Dataset, seed: int = 0) -> lis
     trials: list[Trial] = []
     for role, split in (("query", data.query), ("database", data.database)):
         sample = split.take(np.sort(random.permutation(len(split))[:SAMPLE]))
-        permuted = sample.labels[random.permutation(len(sample))]
-        changes: dict[str, Callable[[], tuple[Split, np.ndarray]]] = {
-            "permuted labels": lambda s=sample, y=permuted: (replace(s, labels=y), _all(s)),
-            "inverted labels": lambda s=sample: (replace(s, labels=1 - s.labels), _all(s)),
-            "missing labels": lambda s=sample: (
-                replace(s, labels=np.zeros_like(s.labels)),
-                _all(s),
-            ),
-            "other company": lambda s=sample, r=random: _shuffled(s, r),
-            "half of the company": lambda s=sample: (s.take(_all(s)[::2]), _all(s)[::2]),
+        rows, labels = np.arange(len(sample)), sample.labels
+        order, every_other = random.permutation(rows), rows[::2]
+        changes = {  # the changed sample, and the rows of the sample that it holds
+            "permuted labels": (replace(sample, labels=labels[random.permutation(rows)]), rows),
+            "inverted labels": (replace(sample, labels=1 - labels), rows),
+            "missing labels": (replace(sample, labels=np.zeros_like(labels)), rows),
+            "other company": (sample.take(order), order),
+            "half of the company": (sample.take(every_other), every_other),
         }
         before, relaxed = encode_views(method, sample)
-        for name, change in changes.items():
-            changed, rows = change()
+        for name, (changed, kept) in changes.items():
             after, _ = encode_views(method, changed)
-            trials.append(_compare(f"{role}: {name}", before, after, relaxed, rows))
+            trials.append(_compare(f"{role}: {name}", before, after, relaxed, kept))
     return trials
-
-
-def _all(split: Split) -> np.ndarray:
-    return np.arange(len(split))
-
-
-def _shuffled(split: Split, random: np.random.Generator) -> tuple[Split, np.ndarray]:
-    order = random.permutation(len(split))
-    return split.take(order), order
 
 
 def encode_views(

@@ -87,7 +87,8 @@ def main(arguments: list[str]) -> int:
     )
     given = parser.parse_intermixed_args(arguments)
     if given.compare:
-        print(compare(*given.compare, given.bits, given.overrides))
+        first, second = given.compare
+        print(compare(first, second, given.bits, given.overrides))
         return 0
     if given.codes:
         if given.bits or given.overrides:

@@ -201,8 +201,8 @@ def measure(
                 _record(template, value, f"{value.measure} (matched)", value.value_matched_only)
             )
     if measures != "headline":
-        for name, number in code_statistics(codes.database).items():
-            rows.append(replace(template, measure=name, value=number, queries=len(codes.query)))
+        for name, share in code_statistics(codes.database).items():
+            rows.append(replace(template, measure=name, value=share, queries=len(codes.query)))
     return rows
 
 

@@ -1,0 +1,133 @@
+"""Records: which databases, which items, which rows; and the test between two rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_config
+
+from vhabl.data import load as load_data
+from vhabl.evaluator import (
+    Record,
+    code_tasks,
+    measure,
+    own_positions,
+    real_valued_records,
+    records,
+    relaxed_codes,
+)
+from vhabl.methods.vh_abl import VHABL
+from vhabl.metrics import evaluate, permutation_test
+from vhabl.types import Codes, Dataset
+
+HEADLINE = ("mAP@all", "expected")
+
+
+@pytest.fixture
+def model(feature_file: Path) -> tuple[VHABL, Dataset]:
+    config = small_config(feature_file)
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    return VHABL(data.spec, config.bits, config.model), data
+
+
+def headline(rows: list[Record]) -> dict[str, float]:
+    return {r.database: r.value for r in rows if (r.measure, r.ties) == HEADLINE}
+
+
+def test_the_database_without_training_items_is_a_row_of_its_own(
+    model: tuple[VHABL, Dataset],
+) -> None:
+    method, data = model
+    half = replace(data, train=data.train.take(np.arange(30)))
+    codes = code_tasks(method, half, [8])
+    rows = records("X", half, codes, 0)
+    found = codes[8]["fused"]
+    unseen = Codes(found.query, found.database[30:], found.query_labels, found.database_labels[30:])
+    assert headline(rows) == {
+        "all": evaluate(found)[0].value, "without_train": evaluate(unseen)[0].value,
+    }  # fmt: skip
+    assert headline(records("X", data, codes, 0)).keys() == {"all"}  # every item was trained on
+
+
+def test_a_query_in_the_database_is_left_out_unless_kept(model: tuple[VHABL, Dataset]) -> None:
+    method, data = model
+    inside = replace(data, query=data.database.take(np.array([5, 2])))
+    codes = code_tasks(method, inside, [8])
+    (left_out, *_), (kept, *_) = (records("X", inside, codes, 0, keep_own=k) for k in (False, True))
+    assert (left_out.own_items, kept.own_items) == ("left_out", "kept")
+    found = codes[8]["fused"]
+    by_hand = []
+    for row, item in enumerate((5, 2)):
+        rest = np.delete(np.arange(len(found.database)), item)
+        alone = Codes(
+            found.query[[row]], found.database[rest],
+            found.query_labels[[row]], found.database_labels[rest],
+        )  # fmt: skip
+        by_hand.append(evaluate(alone)[0].value)
+    assert left_out.value == pytest.approx(np.mean(by_hand))
+    assert kept.value == pytest.approx(evaluate(found)[0].value)
+    assert kept.value > left_out.value
+
+
+def test_own_positions() -> None:
+    database = np.array(["a", "b", "c"])
+    assert own_positions(np.array(["c", "x"]), database).tolist() == [2, -1]  # type: ignore[union-attr]
+    assert own_positions(np.array(["x"]), database) is None
+
+
+def test_measure_sets_hold_one_another(model: tuple[VHABL, Dataset]) -> None:
+    method, data = model
+    codes = code_tasks(method, data, [8])[8]["fused"]
+    template = Record("X", "y", "fused", 8, "", 0.0, 3, "", False, 0, 0, "all")
+    sets = [measure(codes, template, kind) for kind in ("headline", "all", "curves")]
+    names = [{(r.measure, r.ties) for r in rows} for rows in sets]
+    assert names[0] == {HEADLINE, ("mAP@all (matched)", "expected")}
+    assert names[0] < names[1] < names[2]
+    assert {"bit balance", "bit correlation", "distinct codes", "expected collisions"} <= {
+        name for name, _ in names[1]
+    }
+    assert all(len(rows) == len(found) for rows, found in zip(sets, names, strict=True))
+    for rows in sets:
+        assert {(r.method, r.data, r.task, r.bits, r.seed) for r in rows} == {
+            ("X", "y", "fused", 8, 3)
+        }
+        assert all(r.queries == 20 for r in rows)
+
+
+def test_real_valued_codes_are_ranked_by_cosine(model: tuple[VHABL, Dataset]) -> None:
+    method, data = model
+    rows = real_valued_records(method, data, [4, 16], 7)
+    assert [(r.method, r.bits, r.ties, r.seed) for r in rows] == [
+        ("VH-ABL (real-valued)", 4, "real", 7), ("VH-ABL (real-valued)", 16, "real", 7),
+    ]  # fmt: skip
+    query, database = (
+        relaxed_codes(method, s)["fused"][:, :4] for s in (data.query, data.database)
+    )
+    precisions = []
+    for q, labels in zip(query, data.query.labels, strict=True):
+        cosine = database @ q / np.linalg.norm(database, axis=1)
+        match = (data.database.labels[np.argsort(-cosine, kind="stable")] @ labels) > 0
+        ranks = np.flatnonzero(match) + 1
+        precisions.append((np.arange(1, len(ranks) + 1) / ranks).mean())
+    assert rows[0].value == pytest.approx(np.mean(precisions), abs=1e-6)
+
+
+def test_permutation_test_by_enumeration() -> None:
+    """Three differences 1, 2, 3: of 8 swaps two have a sum as large as 6."""
+    a, b = np.array([2.0, 3, 4]), np.ones(3)
+    assert permutation_test(a, b, draws=20_000) == pytest.approx(2 / 8, abs=0.01)
+    assert permutation_test(b, a, draws=20_000) == pytest.approx(2 / 8, abs=0.01)
+
+
+def test_permutation_test_tells_a_shift_from_noise() -> None:
+    random = np.random.default_rng(0)
+    a = random.random(300)
+    noise = random.normal(0, 0.1, 300)
+    assert permutation_test(a + noise, a) > 0.01
+    assert permutation_test(a + noise + 0.05, a) < 0.001
+    assert permutation_test(a, a) == 1.0
