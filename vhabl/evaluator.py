@@ -192,7 +192,8 @@ def measure(
     asked = {"headline": HEADLINE}.get(measures, MEASURES)
     counted = len(asked)
     if measures == "curves":
-        asked = (*asked, *curves(codes.bits))
+        named = {(m.name, m.ties) for m in asked}
+        asked = (*asked, *(m for m in curves(codes.bits) if (m.name, m.ties) not in named))
     rows: list[Record] = []
     for number, value in enumerate(evaluate(codes, asked, own=own)):
         rows.append(_record(template, value, value.measure, value.value))
