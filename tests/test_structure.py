@@ -24,7 +24,7 @@ LEVELS = (
     {"config"},
     {"evaluator", "search"},
     {"trainer", "report", "runs"},
-    {"train", "eval", "audit", "baselines", "importance"},
+    {"train", "eval", "ablation", "audit", "baselines", "importance"},
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 

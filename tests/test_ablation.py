@@ -1,0 +1,63 @@
+"""Each part of a method can be switched off, and the table says what it was worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import SMALL, small_config
+
+from vhabl import ablation
+from vhabl.ablation import Row, table, variants
+from vhabl.config import CONFIG_DIR
+
+
+def test_every_part_is_switched_off_once(feature_file: Path) -> None:
+    found = variants(small_config(feature_file, "vh_abl", "model.weights.bce=0"))
+    assert found["whole"] == []
+    assert found["without similarity"] == ["model.weights.similarity=0"]
+    assert found["model.net.prototypes=false"] == ["model.net.prototypes=false"]
+    assert "without bce" not in found  # it is off
+    assert 'model.net.activation="tanh"' in found  # the recipe has another one
+    assert all(len(changes) == 1 for name, changes in found.items() if name != "whole")
+    plain = variants(small_config(feature_file, "nested_mlp", "optim.averaging=0"))
+    assert list(plain) == ["whole", 'model.target="sigmoid"']
+
+
+def test_the_table_names_parts_without_an_effect() -> None:
+    values = {
+        "whole": [0.5, 0.6, 0.7],
+        "without a": [0.4, 0.49, 0.61],  # -0.10 -0.11 -0.09
+        "without b": [0.6, 0.5, 0.7],  # +0.1 -0.1 0
+        "without c": [0.6, 0.71, 0.79],
+    }
+    rows = [Row(n, s, bits, v) for n, vs in values.items() for s, v in enumerate(vs)
+            for bits in (8, 16)]  # fmt: skip
+    lines = {line.split(" | ")[0].strip("| "): line for line in table(rows).splitlines()}
+    assert lines["whole"].startswith("| whole | 0.6000 | 0.6000 |")
+    assert lines["without a"].endswith("| -0.1000 ± 0.0058 | helps |")
+    assert lines["without b"].endswith("| +0.0000 ± 0.0577 | none seen |")
+    assert lines["without c"].endswith("| +0.1000 ± 0.0058 | harms |")
+    alone = table([r for r in rows if r.seed == 0])
+    assert "| -0.1000 | one seed |" in alone
+
+
+@pytest.mark.parametrize("on", [[], ["--validation"]])
+def test_the_command_trains_each_variant_once(
+    feature_file: Path, on: list[str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ablation, "SWITCHES", {"model.target": "sigmoid"})
+    arguments = ["--config", str(CONFIG_DIR / "nested_mlp.yaml"), "data=wiki",
+                 f"data.path={feature_file}", "data.class_names=[]", "bits=[8]", "epochs=1",
+                 "batch_size=16", "device=cpu", "out=out", *SMALL["nested_mlp"], *on,
+                 "--seeds", "0", "1"]  # fmt: skip
+    assert ablation.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "| whole |" in out and '| model.target="sigmoid" |' in out and "2 seeds" in out
+    assert ("validation" in out) == bool(on)
+    folder = Path("out", "ablation-validation" if on else "ablation")
+    assert folder.joinpath("table.md").read_text() == out
+    monkeypatch.setattr(ablation, "measure", None)  # nothing is trained again
+    assert ablation.main(arguments) == 0
+    assert capsys.readouterr().out == out
