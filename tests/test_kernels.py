@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
@@ -172,6 +175,31 @@ def test_all_kernels_give_the_same_values() -> None:
     ]
     np.testing.assert_allclose(values[1], values[0], rtol=1e-12)
     np.testing.assert_allclose(values[2], values[0], rtol=1e-12)
+
+
+CODE = """
+import torch, numpy as np
+from vhabl.metrics import evaluate
+from vhabl.types import Codes
+torch.set_num_threads(1)
+code, label = np.ones((9, 8), np.int8), np.ones((9, 1), np.uint8)
+evaluate(Codes(code, code, label, label), kernel="numba")
+print(torch.get_num_threads(), torch.__config__.parallel_info().count("omp_get_max_threads() : 1"))
+"""
+
+
+def test_an_evaluation_leaves_the_threads_of_training_alone() -> None:
+    """An evaluation may come in the middle of a training, which has to stay repeatable."""
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]
+
+
+def test_evaluations_in_several_threads_do_not_meet() -> None:
+    packed = Packed.of(random_codes(np.random.default_rng(5), 9, 5000, 20, 3, 0.3))
+    expected = kernel_numba.histogram(packed)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(kernel_numba.histogram, [packed] * 12):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_a_kernel_is_chosen_by_device_and_what_is_installed(

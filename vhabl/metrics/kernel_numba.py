@@ -6,15 +6,22 @@ vectorises the distances, and is used for all queries while it is in the cache.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, prange, types, uint64
 from numba.extending import intrinsic
 
 from vhabl.metrics.counts import Ordered, Packed, discounts, gains, without_own
+
+# With OpenMP numba would set the number of threads for torch too, in the middle of a training.
+numba.config.THREADING_LAYER = "workqueue"
+_one_at_a_time = threading.Lock()  # which this layer needs
 
 CHUNK = 8192  # items; a chunk and its bins stay in the first cache levels
 
@@ -169,16 +176,23 @@ def _arrays(packed: Packed) -> tuple[np.ndarray, ...]:
     return *(np.ascontiguousarray(a).view(np.ndarray) for a in arrays), _weight_table(packed)
 
 
+def _use_threads() -> None:
+    """As many threads as torch has, which `threads=` and OMP_NUM_THREADS set."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
 def histogram(packed: Packed) -> np.ndarray:
     """Items at each distance that share each number of labels: int64 [Q, distances, levels]."""
-    counts = _histogram(*_arrays(packed), packed.distances, packed.levels)
+    with _one_at_a_time:
+        _use_threads()
+        counts = _histogram(*_arrays(packed), packed.distances, packed.levels)
     return without_own(packed, counts.reshape(-1, packed.distances, packed.levels))
 
 
 def ordered(packed: Packed, counts: np.ndarray, cuts: tuple[int, ...]) -> Ordered:
     """Sums over the ranking with ties in database order; counts: what `histogram` gave."""
     items, relevant = counts.sum(axis=2), counts[:, :, 1:].sum(axis=2)
-    sums = _ordered(
+    arguments = (
         *_arrays(packed),
         packed.left_out,
         np.cumsum(items, axis=1) - items,
@@ -187,5 +201,7 @@ def ordered(packed: Packed, counts: np.ndarray, cuts: tuple[int, ...]) -> Ordere
         gains(packed.levels),
         discounts(min(max(cuts, default=0), len(packed.database))),
     )
-    precision, within, first, dcg = sums
+    with _one_at_a_time:
+        _use_threads()
+        precision, within, first, dcg = _ordered(*arguments)
     return Ordered(cuts, precision, within, first, dcg)
