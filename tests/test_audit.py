@@ -155,10 +155,16 @@ class LeakySplit(Split):
 
 @pytest.fixture
 def model(feature_file: Path) -> tuple[VHABL, Dataset]:
+    """Without training; each bit is centred, so that half of the items have either value."""
     config = small_config(feature_file)
     data = load_data(config.data)
     torch.manual_seed(0)
-    return VHABL(data.spec, config.bits, config.model), data
+    method = VHABL(data.spec, config.bits, config.model).eval()
+    with torch.no_grad():
+        inputs = method.scaling(data.train.inputs())
+        for member in method.net.members:
+            member.hash.bias -= member(inputs)[0].atanh().median(dim=0).values
+    return method, data
 
 
 def leaky(split: Split) -> LeakySplit:
@@ -236,3 +242,39 @@ def test_the_verdict_on_a_run(
     assert capsys.readouterr().out.rstrip().endswith("\nleak")
     with pytest.raises(VhablError, match=r"no such folder|no weights"):
         audit.main(["--checkpoint", "nowhere"])
+
+
+def test_a_run_is_audited_on_the_data_it_was_trained_on(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(feature_file, "nested_mlp", "out=run", "epochs=1")
+    data = load_data(config.data)
+    train.train(config, data, progress_bar=False)
+    monkeypatch.setattr(audit, "load_data", lambda _: replace(data, fingerprint="0" * 32))
+    with pytest.raises(VhablError, match="data: found a model of"):
+        audit.main(["--checkpoint", "run"])
+
+
+def test_one_implausible_part_decides(tmp_path: Path) -> None:
+    """One file among several, or one task of a file, the first as well as the last."""
+    labels = np.repeat(np.eye(4, dtype=np.uint8), 30, axis=0)
+    true = np.where(labels > 0, 1, -1).astype(np.int8)
+    random = np.random.default_rng(0).choice(np.array([-1, 1], np.int8), true.shape)
+    bad, good = (Codes(c, c, labels, labels) for c in (true, random))
+    files = []
+    for name, tasks in (
+        ("bad", {"fused": bad}), ("good", {"fused": good}),
+        ("first", {"i2t": bad, "t2i": good}), ("last", {"i2t": good, "t2i": bad}),
+    ):  # fmt: skip
+        files.append(str(codes.save(tmp_path, name, "x", tasks)[0]))
+    bad_file, good_file, *mixed = files
+    assert audit.main(["--codes", bad_file, good_file]) == 3
+    assert audit.main(["--codes", good_file, bad_file]) == 3
+    assert [audit.main(["--codes", file]) for file in mixed] == [3, 3]
+
+
+def test_labels_are_read_off_held_out_items() -> None:
+    """Codes that tell every item apart name the classes of the items of the fit alone."""
+    random = np.random.default_rng(0)
+    labels = np.eye(5, dtype=np.uint8)[random.integers(5, size=200)]
+    assert labels_read_off(random.choice([-1.0, 1.0], (200, 400)), labels) < 0.4

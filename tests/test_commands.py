@@ -7,17 +7,23 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
-from helpers import SHARED, SMALL, write_feature_file
+from helpers import SHARED, SMALL, small_config, write_feature_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vhabl import baselines, errors, importance, train
 from vhabl import eval as evaluation
+from vhabl.data import load as load_data
 from vhabl.report import __main__ as report
+from vhabl.settings import DataConfig
+from vhabl.types import Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = str(ROOT / "configs" / "vh_abl.yaml")
@@ -356,3 +362,117 @@ def test_a_second_set_up_does_nothing_and_the_scripts_name_wrong_arguments() -> 
     if (ROOT / ".venv" / "vhabl-setup").exists():
         again = bash("scripts/setup.sh")
         assert again.returncode == 0 and again.stderr == "" and again.stdout == ""
+
+
+def test_a_difference_of_two_runs_is_a_less_b(
+    feature_file: Path, run_folder: Path, command
+) -> None:
+    """A folder of seeds counts with the mean of its seeds."""
+    assert command(train.main, *training(feature_file, "seed=1", "epochs=1"))[0] == 0
+    stored = [
+        json.loads(Path(f"checkpoint/wiki/vh_abl/{seed}/metrics.json").read_text())
+        for seed in (0, 1)
+    ]
+    first, second = (
+        next(r["value"] for r in rows if r["bits"] == 8 and r["ties"] == "expected")
+        for rows in stored
+    )
+    other = run_folder.parent / "1"
+    code, out, _ = command(evaluation.main, "--compare", run_folder, other, "--bits", "8")
+    assert code == 0
+    assert f"A {first:.4f}  B {second:.4f}  A - B {first - second:+.4f}" in out
+    mean = (first + second) / 2
+    code, out, _ = command(evaluation.main, "--compare", run_folder.parent, other, "--bits", "8")
+    assert code == 0
+    assert f"A {mean:.4f}  B {second:.4f}  A - B {mean - second:+.4f}" in out
+
+
+def test_a_query_in_the_database_is_left_out_by_every_command(
+    feature_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command
+) -> None:
+    real = load_data
+
+    def inside(config: DataConfig) -> Dataset:
+        data = real(config)
+        return replace(data, query=data.database.take(np.arange(8)))
+
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "load_data", inside)
+    assert command(train.main, *training(feature_file))[0] == 0
+    folder = Path("checkpoint/wiki/vh_abl/0")
+    _, out, _ = command(evaluation.main, "--checkpoint", folder, "--json", "--bits", "8")
+    left_out = json.loads(out.splitlines()[0])
+    _, out, _ = command(
+        evaluation.main, "--checkpoint", folder, "--json", "--bits", "8", "--keep-own"
+    )
+    kept = json.loads(out.splitlines()[0])
+    assert (left_out["own_items"], kept["own_items"]) == ("left_out", "kept")
+    assert kept["value"] > left_out["value"]
+    _, out, _ = command(evaluation.main, "--compare", folder, folder, "--bits", "8")
+    assert f"A {left_out['value']:.4f} " in out
+
+
+def test_code_files_take_no_override(run_folder: Path, command) -> None:
+    file = Path("flickrhashcode/wiki/VH-ABL_16-wiki_bits.mat")
+    for more in (["--bits", "8"], ["device=cpu"]):
+        code, _, err = command(evaluation.main, *more, "--codes", file)
+        assert code == 2 and "argument --codes" in one_message(err)
+
+
+def test_runs_on_several_data_sets_below_one_folder(
+    feature_file: Path, tmp_path: Path, command
+) -> None:
+    other = write_feature_file(tmp_path / "other.mat", seed=9)
+    for number, path in enumerate((feature_file, other)):
+        assert command(train.main, *training(path, f"out=runs/{number}", "epochs=1"))[0] == 0
+    code, out, err = command(evaluation.main, "--checkpoint", "runs", "--json", "--bits", "8")
+    assert code == 0, err
+    assert len(out.splitlines()) == 4  # mAP@all and its twin, of two runs
+
+
+def test_the_history_of_a_run_has_every_epoch(run_folder: Path) -> None:
+    history = json.loads((run_folder / "history.json").read_text())
+    selected = [row for row in history if row["phase"] == "select"]
+    assert [row["epoch"] for row in selected] == [1, 2, 3, 4]
+    assert ["validation" in row for row in selected] == [False, True, False, True]
+    assert all(row["loss"] > 0 for row in history)
+
+
+@pytest.mark.parametrize("how", ["not finite", "another shape", "one too many"])
+def test_a_checkpoint_whose_tensors_do_not_fit(run_folder: Path, how: str, command) -> None:
+    weights = run_folder / "weights.safetensors"
+    with safe_open(str(weights), framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if how == "not finite":
+        tensors["bias"][1] = float("nan")
+        message = "found values in bias that are not finite"
+    elif how == "another shape":
+        tensors["bias"] = torch.zeros(9)
+        message = "found bias of shape (9,)"
+    else:
+        tensors["extra"] = torch.zeros(1)
+        message = "found an unknown tensor extra"
+    save_file(tensors, str(weights), metadata=header)
+    code, _, err = command(evaluation.main, "--checkpoint", run_folder)
+    assert code == 2 and f"weights.safetensors: {message}" in one_message(err)
+
+
+def test_projections_follow_the_seed_and_need_enough_items() -> None:
+    x = np.random.default_rng(0).normal(size=(9, 20)).astype(np.float32)
+    assert not np.array_equal(baselines.lsh(x, 4, 0), baselines.lsh(x, 4, 1))
+    assert np.array_equal(baselines.lsh(x, 4, 1), baselines.lsh(x, 4, 1))
+    assert baselines.itq(x, 9, 0) is None  # 9 items span 8 directions about their mean
+    found = baselines.itq(x, 3, 0)
+    assert found is not None
+    assert np.allclose(found.T @ found, np.eye(3), atol=1e-4)
+    strongest = np.linalg.svd(x, full_matrices=False)[2][:3]
+    assert np.allclose(found @ (found.T @ strongest.T), strongest.T, atol=1e-4)
+
+
+def test_baselines_measure_features_on_the_training_items(feature_file: Path) -> None:
+    data = load_data(small_config(feature_file).data)
+    features = baselines.Features(data)(data.train)
+    assert np.allclose(features.mean(axis=0), 0, atol=1e-4)
+    parts = features[:, :12], features[:, 12:]
+    assert [p.var(axis=0).mean() for p in parts] == pytest.approx([1, 1], abs=0.05)

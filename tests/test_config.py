@@ -12,6 +12,7 @@ from vhabl.config import (
     Config,
     data_names,
     describe_keys,
+    first_difference,
     from_yaml,
     key_types,
     load,
@@ -143,3 +144,44 @@ def test_baselines_take_the_same_overrides() -> None:
     assert config.data.name == "wiki" and config.bits == [8] and config.seed == 2
     with pytest.raises(VhablError, match="did you mean seed"):
         load_baselines(["data=wiki", "sed=2"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.warmup=1", r"key optim\.warmup: found 1\.0; expected 0 up to below 1"),
+        ("optim.momentum=1", r"key optim\.momentum: found 1\.0; expected 0 up to below 1"),
+        ("optim.weight_decay=-1", r"key optim\.weight_decay: found -1\.0; expected 0 or more"),
+        ("optim.clip=-1", r"key optim\.clip: found -1\.0; expected 0 or more"),
+        ("optim.averaging=inf", r"key optim\.averaging: found inf; expected 0 or more"),
+        ("validation.patience=-1", r"key validation\.patience: found -1; expected 0 or more"),
+    ],
+)
+def test_a_value_outside_its_range_is_named(override: str, message: str) -> None:
+    with pytest.raises(VhablError, match=message):
+        load(RECIPE, ["data=wiki", override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("bits=[8,0]", "key bits: found 0"), ("data.scale=max", r"key data\.scale: found 'max'")],
+)
+def test_baselines_check_values_too(override: str, message: str) -> None:
+    with pytest.raises(VhablError, match=message):
+        load_baselines(["data=wiki", override])
+
+
+@pytest.mark.parametrize("change", ["seed=1", "epochs=3", "bits=[8]", "model.weights.nested=2"])
+def test_a_key_that_changes_the_result_is_a_difference(change: str) -> None:
+    config = load(RECIPE, ["data=wiki"])
+    found = first_difference(config, load(RECIPE, ["data=wiki", change]))
+    assert found is not None and found[0] == change.partition("=")[0]
+    assert first_difference(config, config) is None
+
+
+@pytest.mark.parametrize(
+    "change", ["out=x", "codes=none", "resume=true", "device=cpu", "threads=3", "save_every=9"]
+)
+def test_a_key_of_how_a_run_is_carried_out_is_no_difference(change: str) -> None:
+    config = load(RECIPE, ["data=wiki"])
+    assert first_difference(config, load(RECIPE, ["data=wiki", change])) is None

@@ -19,6 +19,8 @@ from vhabl.evaluator import (
     real_valued_records,
     records,
     relaxed_codes,
+    to_tasks,
+    validation_score,
 )
 from vhabl.methods.vh_abl import VHABL
 from vhabl.metrics import evaluate, permutation_test
@@ -130,3 +132,76 @@ def test_permutation_test_tells_a_shift_from_noise() -> None:
     assert permutation_test(a + noise, a) > 0.01
     assert permutation_test(a + noise + 0.05, a) < 0.001
     assert permutation_test(a, a) == 1.0
+
+
+def test_a_query_outside_the_part_of_the_database_is_looked_up_in_that_part(
+    model: tuple[VHABL, Dataset],
+) -> None:
+    """Queries 40 and 2 are in the database; only 40 is in the part that was not trained on."""
+    method, data = model
+    inside = replace(
+        data,
+        train=data.train.take(np.arange(30)),
+        query=data.database.take(np.array([40, 2])),
+    )
+    codes = code_tasks(method, inside, [8])
+    found = codes[8]["fused"]
+    by_hand = []
+    for row, rest in enumerate((np.delete(np.arange(30, 60), 10), np.arange(30, 60))):
+        alone = Codes(
+            found.query[[row]], found.database[rest],
+            found.query_labels[[row]], found.database_labels[rest],
+        )  # fmt: skip
+        by_hand.append(evaluate(alone)[0].value)
+    unseen = headline(records("X", inside, codes, 0))["without_train"]
+    assert unseen == pytest.approx(np.mean(by_hand), rel=1e-12)
+
+
+def test_cross_tasks_search_the_other_modality(model: tuple[VHABL, Dataset]) -> None:
+    _, data = model
+    views = [{v: np.full((2, 3), 10 * side + i) for i, v in enumerate(("image", "text"))}
+             for side in (1, 2)]  # fmt: skip
+    tasks = to_tasks(views[0], views[1], data)
+    assert {name: (t.query[0, 0], t.database[0, 0]) for name, t in tasks.items()} == {
+        "i2t": (10, 21), "t2i": (11, 20),
+    }  # fmt: skip
+    for task in tasks.values():
+        assert task.query_labels is data.query.labels
+        assert task.database_labels is data.database.labels
+
+
+def test_the_validation_score_is_the_mean_over_lengths_and_tasks(
+    model: tuple[VHABL, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, data = model
+    random = np.random.default_rng(0)
+    found = {
+        bits: {
+            task: Codes(
+                *(random.choice(np.array([-1, 1], np.int8), (n, bits)) for n in (20, 60)),
+                data.query.labels, data.database.labels,
+            )
+            for task in ("i2t", "t2i")
+        }
+        for bits in (2, 16)
+    }  # fmt: skip
+    monkeypatch.setattr(
+        "vhabl.evaluator.code_tasks", lambda *given: {m: found[m] for m in given[2]}
+    )
+    each = [evaluate(codes)[0].value for tasks in found.values() for codes in tasks.values()]
+    assert len(set(each)) == 4
+    assert validation_score(method, data, [2, 16]) == pytest.approx(np.mean(each))
+
+
+def test_matched_rows_leave_out_queries_without_a_match_and_codes_are_the_database() -> None:
+    codes = Codes(
+        np.array([[1, 1], [1, 1]], np.int8), np.array([[1, -1], [1, 1], [-1, 1]], np.int8),
+        np.array([[1, 0], [0, 1]], np.uint8), np.array([[1, 0]] * 3, np.uint8),
+    )  # fmt: skip
+    template = Record("X", "y", "fused", 2, "", 0.0, 3, "", False, 0, 0, "all")
+    rows = {(r.measure, r.ties): r for r in measure(codes, template, "all")}
+    assert rows[HEADLINE].value == 1 / 2
+    assert rows[("mAP@all (matched)", "expected")].value == 1
+    assert rows[HEADLINE].queries_without_match == 1
+    assert rows[("bit balance", "")].value == pytest.approx(1 / 3)
+    assert rows[("distinct codes", "")].value == 1

@@ -9,9 +9,11 @@ import pytest
 from helpers import small_config
 
 from vhabl.data import load as load_data
-from vhabl.importance import Row, by_variance, fused_codes, greedy, ranking, score, summary
+from vhabl.data import validation_split
+from vhabl.importance import Row, alone, by_variance, fused_codes, greedy, ranking, score, summary
+from vhabl.methods.base import HashingMethod
 from vhabl.trainer import Trainer
-from vhabl.types import Codes
+from vhabl.types import Codes, Dataset
 
 
 def random_codes(seed: int, bits: int) -> Codes:
@@ -78,3 +80,64 @@ def test_ranking_holds_the_validation_items_out(feature_file: Path) -> None:
 def test_summary_gives_mean_and_standard_error() -> None:
     rows = [Row("x", seed, "learned", "8", value) for seed, value in enumerate((0.2, 0.4))]
     assert "8: 0.3000 ± 0.1000" in summary(rows)
+
+
+def test_the_greedy_choice_never_sees_a_test_query(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(feature_file, "nested_mlp", "epochs=1")
+    data = load_data(config.data)
+    held_out = validation_split(data, config.validation.fraction, config.validation.seed)
+    seen: list[Codes] = []
+    variance_of: list[Dataset] = []
+
+    def choose(codes: Codes, length: int) -> np.ndarray:
+        seen.append(codes)
+        return greedy(codes, length)
+
+    def rank(method: HashingMethod, part: Dataset) -> np.ndarray:
+        variance_of.append(part)
+        return by_variance(method, part)
+
+    monkeypatch.setattr("vhabl.importance.greedy", choose)
+    monkeypatch.setattr("vhabl.importance.by_variance", rank)
+    ranking(config, data, 0)
+    assert np.array_equal(seen[0].query_labels, held_out.query.labels)
+    assert np.array_equal(seen[0].database_labels, held_out.train.labels)
+    assert np.array_equal(variance_of[0].train.ids, held_out.train.ids)
+
+
+def test_a_ranking_scores_intervals_and_means_of_random_orders(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in score: the sum of the columns."""
+    monkeypatch.setattr("vhabl.importance.score", lambda _, columns: float(np.sum(columns)))
+    config = small_config(feature_file, "nested_mlp", "epochs=1", "bits=[32]")
+    rows = ranking(config, load_data(config.data), 5)
+    found = {(r.order, r.bits): r.value for r in rows}
+    assert [r.bits for r in rows if r.experiment == "intervals"] == ["1-10", "11-20", "21-30"]
+    assert [found["learned", name] for name in ("1-10", "11-20", "21-30")] == [45, 145, 245]
+    assert found["learned", "16"] == sum(range(16))
+    random = np.random.default_rng(5)
+    orders = [random.permutation(32) for _ in range(10)]
+    assert found["random", "8"] == pytest.approx(np.mean([o[:8].sum() for o in orders]))
+
+
+def test_models_trained_alone_have_the_length_they_stand_for(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[list[int]] = []
+    real = Trainer.run
+
+    def run(self: Trainer) -> HashingMethod:
+        trained.append(self.config.bits)
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "run", run)
+    config = small_config(feature_file, "nested_mlp", "epochs=1", "bits=[8,24]")
+    rows = alone(config, load_data(config.data), 3)
+    assert trained == [[8, 24], [8], [16]]
+    assert [(r.order, r.bits, r.seed) for r in rows] == [
+        ("prefix", "8", 3), ("prefix", "16", 3), ("prefix", "24", 3),
+        ("trained alone", "8", 3), ("trained alone", "16", 3),
+    ]  # fmt: skip

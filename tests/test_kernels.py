@@ -230,3 +230,24 @@ def test_the_gpu_kernels_equal_the_cpu_kernel(items: int, bits: int, classes: in
     found, expected = (k.ordered(packed, counts, CUTS) for k in (kernel_torch, kernel_numba))
     np.testing.assert_array_equal(found.hits, expected.hits)
     np.testing.assert_allclose(found.dcg, expected.dcg, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.__name__.split("_")[-1])
+def test_the_query_itself_is_left_out_in_every_chunk_and_block(
+    kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_torch, "PAIRS", 1 << 18)  # a few queries a block
+    rng = np.random.default_rng(5)
+    codes = random_codes(rng, 6, 20000, 10, 3, 0.3)
+    own = np.array([8191, 8192, 16384, -1, 3, 19999])
+    assert_equal(kernel, Packed.of(codes, own=own))
+    weights = np.arange(1, 11)
+    assert_equal(kernel, Packed.of(codes, weights, own))
+
+
+def test_the_reference_leaves_the_query_itself_out() -> None:
+    codes = Codes(*(np.ones((n, 2), np.int8) for n in (2, 3)), np.array([[1, 0], [1, 0]], np.uint8),
+                  np.array([[1, 0], [0, 1], [1, 0]], np.uint8))  # fmt: skip
+    found = reference.ordered(Packed.of(codes, own=np.array([0, -1])), np.empty(0), (2,))
+    assert found.hits.tolist() == [[1], [1]]
+    assert found.precision.tolist() == [[1 / 2], [1]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from vhabl.data import load as load_data
 from vhabl.errors import VhablError
 from vhabl.evaluator import batches_in_order
 from vhabl.layers import Dropout, FusedHashNet, FusedNetSettings, PrototypeAttention
-from vhabl.losses import similarity
+from vhabl.losses import TARGETS, classification, similarity, weighted_similarity
+from vhabl.methods.base import mean_terms
 from vhabl.methods.hiamh import HIAMH
 from vhabl.methods.vh_abl import VHABL
 from vhabl.trainer import Trainer
@@ -226,3 +229,143 @@ def test_every_file_in_methods_is_a_method() -> None:
     assert "base" not in methods.names()
     for name in methods.names():
         assert methods.get(name).title
+
+
+def test_the_longest_length_is_trained_in_whatever_order_lengths_come(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "bits=[16,8]")
+    data = load_data(config.data)
+    method = methods.get("nested_mlp")(data.spec, config.bits, config.model)
+    assert method.bits == 16
+
+
+def test_terms_of_a_network_are_means_over_its_members() -> None:
+    members = [{"a": torch.tensor(1.0), "b": torch.tensor(4.0)},
+               {"a": torch.tensor(2.0), "b": torch.tensor(0.0)}]  # fmt: skip
+    assert {k: float(v) for k, v in mean_terms(members).items()} == {"a": 1.5, "b": 2.0}
+
+
+@pytest.mark.parametrize("name", ["vh_abl", "hiamh"])
+def test_a_weight_scales_its_own_term_alone(feature_file: Path, name: str) -> None:
+    config = small_config(feature_file, name)
+    data = load_data(config.data)
+    kind, weights = methods.get(name), config.model.weights
+
+    def terms(settings: object) -> dict[str, float]:
+        torch.manual_seed(0)
+        method = kind(data.spec, config.bits, settings)
+        batch = next(batches_in_order(data.train, CPU))
+        return {k: float(v.detach()) for k, v in method.eval().loss(batch).items()}
+
+    plain = terms(config.model)
+    assert plain.keys() == vars(weights).keys()
+    for term in plain:
+        raised = replace(weights, **{term: 2 * getattr(weights, term)})
+        expected = {k: v * (2 if k == term else 1) for k, v in plain.items()}
+        assert terms(replace(config.model, weights=raised)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_importance_term_teaches_the_importance_network_alone(feature_file: Path) -> None:
+    """It says which bits carry the neighbourhood; it does not bend them."""
+    config = small_config(feature_file, "vh_abl")
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    method = VHABL(data.spec, config.bits, config.model)
+    method.loss(next(batches_in_order(data.train, CPU)))["importance"].backward()
+    taught = {name for name, p in method.named_parameters() if p.grad is not None}
+    assert taught == {name for name, _ in method.named_parameters() if name.startswith("import")}
+
+
+def test_training_follows_the_importance_slowly_and_ranks_by_it(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One network: its prefixes start with the bits that matter most so far."""
+    config = small_config(feature_file, "vh_abl", "model.net.members=1", "model.momentum=0.75")
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    method = VHABL(data.spec, config.bits, config.model).eval()
+    batch = next(batches_in_order(data.train, CPU))
+    method.importance.copy_(1 + torch.rand(16))
+    before = method.importance.clone()
+    ranks: list[torch.Tensor] = []
+    real = VHABL.member_loss
+
+    def member_loss(
+        self: VHABL, h: torch.Tensor, ranked: torch.Tensor, *more: Any
+    ) -> dict[str, torch.Tensor]:
+        ranks.append(ranked)
+        return real(self, h, ranked, *more)
+
+    monkeypatch.setattr(VHABL, "member_loss", member_loss)
+    with torch.no_grad():
+        now = method.bit_weights(method.embed(batch.inputs)["fused"]).mean(dim=0)
+        method.loss(batch)
+    expected = 0.75 * before + 0.25 * now
+    assert torch.allclose(method.importance, expected, atol=1e-6)
+    assert ranks[0].tolist() == expected.argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize("name", ["vh_abl", "hiamh"])
+def test_a_member_takes_the_parts_of_its_own_bits(feature_file: Path, name: str) -> None:
+    """Columns of the classifier, weights of the bits: by the bits' places in the whole code."""
+    config = small_config(feature_file, name, "model.net.members=2")
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    method = methods.get(name)(data.spec, config.bits, config.model).eval()
+    batch = next(batches_in_order(data.train, CPU))
+    with torch.no_grad():
+        if isinstance(method, HIAMH):
+            torch.nn.init.normal_(method.theta)
+        h, attentions = method.net(method.scaling(batch.inputs))
+        bits = method.net.member_bits()[1]
+        target, y = TARGETS[config.model.target](batch.labels), batch.labels
+        found = method.member_loss(h, bits, attentions[1], y, target)
+        if isinstance(method, HIAMH):
+            w = method.bit_weights()[bits]
+            expected = weighted_similarity(h[:, bits], w / w.mean(), target)
+            assert torch.allclose(found["similarity"], config.model.weights.similarity * expected)
+        else:
+            logits = h[:, bits] @ method.classifier.weight[:, bits].T + method.classifier.bias
+            assert torch.allclose(found["classification"], classification(logits, y))
+
+
+def test_the_plain_network_has_a_term_for_every_doubled_prefix(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "model.shortest=4", "model.dropout=0")
+    data = load_data(config.data)
+    method = methods.get("nested_mlp")(data.spec, config.bits, config.model).eval()
+    batch = next(batches_in_order(data.train, CPU))
+    h, target = method.embed(batch.inputs)["fused"], TARGETS[config.model.target](batch.labels)
+    parts = [similarity(h[:, :m], target) for m in (4, 8, 16)]
+    assert torch.allclose(method.loss(batch)["nested"], torch.stack(parts).mean())
+
+
+def test_attention_is_scaled_by_the_width_of_a_head() -> None:
+    torch.manual_seed(0)
+    attention = PrototypeAttention(8, 5, 2)
+    x = torch.randn(3, 8)
+    _, found = attention(x)
+    q, k = attention.query(x), attention.key(attention.prototypes)
+    heads = [q[:, i : i + 4] @ k[:, i : i + 4].T / 4**0.5 for i in (0, 4)]
+    expected = torch.stack([scores.softmax(dim=1) for scores in heads]).mean(dim=0)
+    assert torch.allclose(found.exp(), expected, atol=1e-6)
+
+
+def test_what_prototypes_add_is_dropped_in_training_alone() -> None:
+    torch.manual_seed(0)
+    attention, x = PrototypeAttention(8, 5, 2, dropout=0.5), torch.randn(50, 8)
+    with torch.no_grad():
+        attention.merge.weight.copy_(torch.eye(8, 16).roll(8, dims=1))  # the context alone
+    dropped = (attention(x)[0] == 0).float().mean()
+    assert dropped == pytest.approx(0.5, abs=0.1)
+    assert (attention.eval()(x)[0] != 0).all()
+
+
+def test_the_image_enters_the_joint_branch_with_its_weight() -> None:
+    spec, inputs = DataSpec("x", 12, 9, 4, 60), Inputs(torch.randn(5, 12), torch.randn(5, 9))
+    settings = FusedNetSettings(
+        dim=8, image_hidden=8, text_hidden=8, joint_hidden=8, joint_image=0.25
+    )
+    net = FusedHashNet(spec, 8, settings).eval()
+    seen: list[torch.Tensor] = []
+    net.members[0].joint.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    net(inputs)
+    assert torch.equal(seen[0], torch.cat([0.25 * inputs.image, inputs.text], dim=1))

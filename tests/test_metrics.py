@@ -659,3 +659,17 @@ def test_published_codes_have_their_known_values(column: int, bits: int) -> None
         {name: known[column] for name, known in KNOWN.items()}, rel=0, abs=1e-6
     )
     assert [v.queries for v in found] == [2000] * len(MEASURES)
+
+
+def test_values_of_each_query_leave_the_query_itself_out() -> None:
+    """Without item 1, the first of its ranking, the matches come at ranks 1, 2 and 3 or 4."""
+    found = per_query(HAND, own=np.array([1, -1])).tolist()
+    assert found == pytest.approx([(1 + 1 + (3 / 3 + 3 / 4) / 2) / 3, math.nan], nan_ok=True)
+
+
+def test_a_curve_over_radii_ends_at_the_length_of_the_code() -> None:
+    for bits, count in ((6, 7), (32, 33), (33, 18), (128, 33)):
+        radii = [m.name for m in curves(bits) if m.name.startswith("ball recall")]
+        assert len(radii) == count, bits
+        assert radii[0] == "ball recall at radius 0"
+        assert radii[-1] == f"ball recall at radius {bits}"

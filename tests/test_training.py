@@ -17,8 +17,11 @@ from vhabl.data import load as load_data
 from vhabl.data import validation_split
 from vhabl.errors import VhablError
 from vhabl.evaluator import batches_in_order, code_tasks
-from vhabl.optim import WeightMean
+from vhabl.methods.nested_mlp import NestedMLP
+from vhabl.optim import WeightMean, build_optimizer, set_rate
+from vhabl.settings import OptimConfig
 from vhabl.trainer import STATE_FILE, Trainer, pick_device
+from vhabl.types import Batch
 
 
 def weights(method: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -249,3 +252,204 @@ def test_batches_in_order_cover_every_item_once(
     data = load_data(small_config(feature_file).data)
     index = torch.cat([b.index for b in batches_in_order(data.train, torch.device("cpu"))])
     assert index.tolist() == list(range(60))
+
+
+def test_the_seed_decides_the_first_weights_and_the_order_of_items(feature_file: Path) -> None:
+    data = load_data(small_config(feature_file).data)
+    found = []
+    for seed in (0, 1):
+        trainer = Trainer(small_config(feature_file, "nested_mlp", f"seed={seed}"), data, False)
+        trainer._begin_phase()
+        order = torch.randperm(60, generator=trainer.shuffle)
+        found.append((weights(trainer.method)["head.1.weight"], order))
+    (first_weight, first_order), (second_weight, second_order) = found
+    assert not torch.equal(first_weight, second_weight)
+    assert not torch.equal(first_order, second_order)
+
+
+def test_selection_trains_and_scales_on_the_items_not_held_out(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "data.scale=standard")
+    data = load_data(config.data)
+    kept = validation_split(data, config.validation.fraction, config.validation.seed).train
+    trainer = Trainer(config, data, False)
+    for phase, split in (("select", kept), ("final", data.train)):
+        trainer.progress.phase = phase
+        trainer._begin_phase()
+        image = torch.from_numpy(split.image)
+        assert torch.equal(trainer.inputs.image, image)
+        assert torch.equal(trainer.labels, torch.from_numpy(split.labels).float())
+        mean = trainer.method.scaling.get_buffer("image_mean")
+        assert torch.allclose(mean, image.mean(dim=0), atol=1e-5)
+
+
+def test_an_epoch_takes_every_item_once_and_none_alone(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 items in batches of 59: the last item joins the batch before it."""
+    seen: list[list[int]] = []
+    real = NestedMLP.loss
+
+    def loss(self: NestedMLP, batch: Batch) -> dict[str, torch.Tensor]:
+        seen.append(batch.index.tolist())
+        return real(self, batch)
+
+    monkeypatch.setattr(NestedMLP, "loss", loss)
+    config = small_config(
+        feature_file, "nested_mlp", "epochs=2", "batch_size=59", "validation.fraction=0"
+    )
+    Trainer(config, load_data(config.data), False).run()
+    assert [sorted(rows) for rows in seen] == [list(range(60))] * 2
+    assert seen[0] != seen[1]
+
+
+def test_a_step_follows_the_sum_of_the_terms_of_its_own_batch(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(self: NestedMLP, batch: Batch) -> dict[str, torch.Tensor]:
+        total = self.head[1].bias.sum()
+        return {"a": total, "b": 2 * total}
+
+    monkeypatch.setattr(NestedMLP, "loss", loss)
+    config = small_config(
+        feature_file, "nested_mlp", "optim.name=sgd", "optim.lr=0.5", "optim.averaging=0",
+        "validation.fraction=0", "epochs=3", "batch_size=60",
+    )  # fmt: skip
+    trainer = Trainer(config, load_data(config.data), False)
+    trainer._begin_phase()
+    before = weights(trainer.method)["head.1.bias"]
+    after = weights(trainer.run())["head.1.bias"]
+    assert torch.allclose(after, before - 3 * 0.5 * 3, atol=1e-5)
+    first = trainer.progress.history[0]
+    assert first["loss"] == pytest.approx(first["a"] + first["b"])
+    assert first["a"] == pytest.approx(float(before.sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("clip", "longest"), [(1e-3, 1e-3), (0.0, float("inf"))])
+def test_the_gradient_is_clipped_where_the_recipe_says_so(
+    feature_file: Path, clip: float, longest: float
+) -> None:
+    config = small_config(
+        feature_file, "nested_mlp", "optim.name=sgd", "optim.lr=1", "optim.averaging=0",
+        f"optim.clip={clip}", "validation.fraction=0", "epochs=1", "batch_size=60",
+    )  # fmt: skip
+    trainer = Trainer(config, load_data(config.data), False)
+    trainer._begin_phase()
+    before = [p.detach().clone() for p in trainer.method.parameters()]
+    after = trainer.run().parameters()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]).norm()
+    assert 9e-4 < moved < longest * 1.01
+    assert clip or moved > 1e-2
+
+
+def test_the_final_phase_repeats_the_rates_of_selection(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends earlier on the same schedule: its epochs are those whose score was the best."""
+    scores = iter([0.9, 0.2])
+    rates: list[float] = []
+
+    def record(optimizer: torch.optim.Optimizer, config: OptimConfig, progress: float) -> None:
+        set_rate(optimizer, config, progress)
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
+    monkeypatch.setattr("vhabl.trainer.set_rate", record)
+    config = small_config(feature_file, "nested_mlp", "optim.schedule=cosine")
+    Trainer(config, load_data(config.data), False).run()
+    assert len(rates) == 16 + 8  # 4 batches in each of 4 and 2 epochs
+    assert rates[16:] == rates[:8]
+    assert rates[0] == config.optim.lr and rates[:16] == sorted(set(rates), reverse=True)
+
+
+def test_of_equal_scores_the_earlier_epoch_is_chosen(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.5, 0.4])
+    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
+    config = small_config(feature_file, "nested_mlp", "epochs=6")
+    trainer = Trainer(config, load_data(config.data), False)
+    trainer.run()
+    assert trainer.progress.best_epoch == 2
+
+
+def test_patience_starts_anew_with_a_better_score(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.4, 0.6, 0.5, 0.4, 0.9])
+    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
+    config = small_config(
+        feature_file, "nested_mlp", "epochs=50", "validation.patience=2", "validation.every=1"
+    )
+    trainer = Trainer(config, load_data(config.data), False)
+    trainer.run()
+    phases = [row["phase"] for row in trainer.progress.history]
+    assert phases.count("select") == 5 and phases.count("final") == 3
+
+
+def test_fewer_epochs_than_between_validations_are_still_scored(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "epochs=3", "validation.every=5")
+    trainer = Trainer(config, load_data(config.data), False)
+    trainer.run()
+    assert trainer.progress.best_epoch == 3 and trainer.progress.best_score > 0
+    assert [row["phase"] for row in trainer.progress.history] == ["select"] * 3 + ["final"] * 3
+
+
+def test_the_mean_of_weights_is_what_a_run_returns(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "optim.averaging=2")
+    trainer = Trainer(config, load_data(config.data), False)
+    found = weights(trainer.run())
+    assert trainer.mean is not None
+    assert same(found, weights(trainer.mean.model))
+    assert not same(found, weights(trainer.method))
+
+
+def test_a_method_is_told_of_every_epoch(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(NestedMLP, "after_epoch", lambda self: told.append(self.training))
+    config = small_config(feature_file, "nested_mlp", "validation.fraction=0")
+    Trainer(config, load_data(config.data), False).run()
+    assert told == [True] * 4
+
+
+def test_resume_refuses_a_state_of_other_data(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "out=run", "epochs=2")
+    data = load_data(config.data)
+    Trainer(config, data, False).run()
+    other = replace(data, fingerprint="0" * 32)
+    with pytest.raises(VhablError, match=r"state\.pt: found a state of other data"):
+        Trainer(override(config, ["resume=true"]), other, False).run()
+
+
+def test_rates_rise_in_the_warm_up_and_fall_along_a_cosine() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    config = OptimConfig(lr=0.1, schedule="cosine", warmup=0.2)
+    optimizer = build_optimizer([{"params": [parameter]}], config)
+    for progress, factor in ((0.0, 0.0), (0.05, 0.25), (0.2, 1.0), (0.6, 0.5), (0.8, 0.1464466)):
+        set_rate(optimizer, config, progress)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * factor), progress
+    constant = replace(config, schedule="constant", warmup=0.0)
+    for progress in (0.0, 0.5, 0.99):
+        set_rate(optimizer, constant, progress)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)],
+)
+def test_an_optimiser_is_the_one_the_recipe_names(
+    name: str, kind: type[torch.optim.Optimizer]
+) -> None:
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.3, momentum=0.7)
+    plain, slow = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = build_optimizer([{"params": [plain]}, {"params": [slow], "lr_scale": 0.5}], config)
+    assert type(optimizer) is kind
+    first, second = optimizer.param_groups
+    assert first["params"] == [plain] and second["params"] == [slow]
+    assert (first["lr"], second["lr"]) == pytest.approx((0.1, 0.05))
+    assert first["weight_decay"] == second["weight_decay"] == 0.3
+    assert first.get("momentum", 0.7) == 0.7
+    set_rate(optimizer, config, 0.5)
+    assert (first["lr"], second["lr"]) == pytest.approx((0.1, 0.05))
