@@ -82,6 +82,8 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
 def load(path: Path) -> dict[str, Codes]:
     """Read a code file in the releases' .mat layouts or a packed .npz: {task: Codes}.
 
+    A fused file has one task; a cross file has i2t and t2i, and the mono-modal i2i and t2t.
+
     Raises VhablError where a key is missing, a code is not +-1 (or 0/1), or sizes disagree.
     """
     arrays = _read_npz(path) if path.suffix == ".npz" else read_mat(path)
@@ -89,7 +91,12 @@ def load(path: Path) -> dict[str, Codes]:
         needed, tasks = ("L_te", "L_db"), {"fused": ("val_B", "retrieval_B")}
     elif {"q_img", "q_txt", "r_img", "r_txt"} <= arrays.keys():
         needed = ("q_l", "r_l")
-        tasks = {"i2t": ("q_img", "r_txt"), "t2i": ("q_txt", "r_img")}
+        tasks = {
+            "i2t": ("q_img", "r_txt"),
+            "t2i": ("q_txt", "r_img"),
+            "i2i": ("q_img", "r_img"),
+            "t2t": ("q_txt", "r_txt"),
+        }
     else:
         fail(path, f"keys {', '.join(sorted(arrays)) or 'none'}", _LAYOUT)
     for key in needed:
