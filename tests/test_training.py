@@ -148,16 +148,29 @@ def test_the_final_phase_trains_for_the_epochs_chosen(
     assert phases.count("select") == 6 and phases.count("final") == 4
 
 
-def test_early_stop_after_patience(feature_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.5, 0.4, 0.3, 0.9])
-    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
+@pytest.mark.parametrize(
+    ("scores", "select", "final"),
+    [
+        ([0.5, 0.4, 0.3, 0.9], 3, 1),
+        ([0.5, 0.4, 0.6, 0.5, 0.4, 0.9], 5, 3),  # patience starts anew with a better score
+    ],
+)
+def test_early_stop_after_patience(
+    feature_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scores: list[float],
+    select: int,
+    final: int,
+) -> None:
+    coming = iter(scores)
+    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(coming))
     config = small_config(
         feature_file, "nested_mlp", "epochs=50", "validation.patience=2", "validation.every=1"
     )
     trainer = Trainer(config, load_data(config.data), False)
     trainer.run()
     phases = [row["phase"] for row in trainer.progress.history]
-    assert phases.count("select") == 3 and phases.count("final") == 1
+    assert phases.count("select") == select and phases.count("final") == final
 
 
 def test_scaling_is_measured_on_the_training_items_alone(feature_file: Path) -> None:
@@ -370,20 +383,6 @@ def test_of_equal_scores_the_earlier_epoch_is_chosen(
     trainer = Trainer(config, load_data(config.data), False)
     trainer.run()
     assert trainer.progress.best_epoch == 2
-
-
-def test_patience_starts_anew_with_a_better_score(
-    feature_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = iter([0.5, 0.4, 0.6, 0.5, 0.4, 0.9])
-    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
-    config = small_config(
-        feature_file, "nested_mlp", "epochs=50", "validation.patience=2", "validation.every=1"
-    )
-    trainer = Trainer(config, load_data(config.data), False)
-    trainer.run()
-    phases = [row["phase"] for row in trainer.progress.history]
-    assert phases.count("select") == 5 and phases.count("final") == 3
 
 
 def test_fewer_epochs_than_between_validations_are_still_scored(feature_file: Path) -> None:

@@ -114,9 +114,13 @@ def records(
     """
     rows: list[Record] = []
     unseen = np.flatnonzero(np.isin(data.database.ids, without(data.database, data.train).ids))
-    databases = {"all": np.arange(len(data.database))}
+    databases: dict[str, np.ndarray | slice] = {"all": slice(None)}
     if 0 < len(unseen) < len(data.database):
         databases["without_train"] = unseen
+    own = {
+        name: own_positions(data.query.ids, data.database.ids[items])
+        for name, items in databases.items()
+    }
     for bits, tasks in codes.items():
         for task, found in tasks.items():
             for database, items in databases.items():
@@ -126,12 +130,12 @@ def records(
                     found.query_labels,
                     found.database_labels[items],
                 )
-                own = own_positions(data.query.ids, data.database.ids[items])
-                kind = "none" if own is None else "kept" if keep_own else "left_out"
+                inside = own[database]
+                kind = "none" if inside is None else "kept" if keep_own else "left_out"
                 template = Record(
                     title, data.name, task, bits, "", 0.0, seed, "", False, 0, 0, database, kind
                 )
-                rows += measure(part, template, measures, own if kind == "left_out" else None)
+                rows += measure(part, template, measures, None if keep_own else inside)
     return rows
 
 

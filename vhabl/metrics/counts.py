@@ -85,17 +85,13 @@ class Packed:
     @cached_property
     def levels(self) -> int:
         """Number of possible counts of shared labels, 0 included."""
-        most = [int(np.bitwise_count(m).sum(axis=1).max(initial=0)) for m in self._masks]
-        return 1 + min(most)
+        masks = self.query_labels, self.database_labels
+        return 1 + min(int(np.bitwise_count(m).sum(axis=1).max(initial=0)) for m in masks)
 
     @cached_property
     def left_out(self) -> np.ndarray:
         """`own` with -1 for every query where nothing is left out: int64 [Q]."""
         return np.full(len(self.query), -1) if self.own is None else self.own.astype(np.int64)
-
-    @property
-    def _masks(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.query_labels, self.database_labels
 
 
 @dataclass(frozen=True)
