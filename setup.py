@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["vhabl", "vhabl.*"]),
+    package_data={"vhabl.report": ["page.html"]},
     install_requires=[
         "torch>=2.4,<2.14",
         "numpy>=2,<3",
@@ -24,6 +25,7 @@ setup(
         "tqdm>=4.60",
         "tensorboard>=2.14,<3",
         "matplotlib>=3.8,<4",
+        "jinja2>=3.1,<4",
         "faiss-cpu>=1.8,<2",
         "numba>=0.60,<1",
     ],

@@ -47,4 +47,4 @@ for seed in ${SEEDS:-0}; do
         folders+=("checkpoint/$data/$method/$seed")
     done
 done
-python -m vhabl.report "${folders[@]}"
+python -m vhabl.report "${folders[@]}" --out "checkpoint/$data/report"

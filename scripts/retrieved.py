@@ -11,16 +11,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from vhabl import errors, runs
-from vhabl.data import load
-from vhabl.evaluator import code_tasks
-from vhabl.files import atomic_path, locate
-from vhabl.metrics import hamming_distances
+from vhabl.files import atomic_path
+from vhabl.report.gallery import Gallery, Item
 
 RIGHT, WRONG = "#009E73", "#D55E00"  # told apart by colour-blind readers, and by the mark
 
@@ -34,26 +31,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
 
-    run = runs.load(given.checkpoint)
+    ((run, data, codes),) = runs.encoded([given.checkpoint], [given.bits], [])
     if run.config.data.kind != "pairs":
         errors.fail(given.checkpoint, f"data of kind {run.config.data.kind}", "image-text pairs")
-    data = load(run.config.data)
-    runs.check_data(run, data)
-    codes = code_tasks(run.method, data, [given.bits])[given.bits]["fused"]
-    folder = locate(run.config.data.path) / run.config.data.image_root
+    gallery = Gallery(run.config.data, data)
 
     columns = given.top + 1
     size = (0.72 * columns + 0.3, 0.95 * len(given.queries) + 0.4)
     figure, grid = plt.subplots(len(given.queries), columns, figsize=size, dpi=160, squeeze=False)
-    for row, query in zip(grid, given.queries, strict=True):
-        distances = hamming_distances(codes.query[query : query + 1], codes.database)[0]
-        nearest = np.argsort(distances, kind="stable")[: given.top]
-        show(row[0], folder, data.query.ids[query], "query", "#000000")
-        for axes, item in zip(row[1:], nearest, strict=True):
-            match = (codes.query_labels[query] & codes.database_labels[item]).any()
-            mark = "✓" if match else "✗"
-            colour = RIGHT if match else WRONG
-            show(axes, folder, data.database.ids[item], f"{mark} {distances[item]}", colour)
+    for row, number in zip(grid, given.queries, strict=True):
+        query, hits = gallery.row(codes[given.bits]["fused"], number, given.top)
+        show(row[0], query, "query", "#000000")
+        for axes, hit in zip(row[1:], hits, strict=True):
+            label = f"{'✓' if hit.right else '✗'} {hit.distance}"
+            show(axes, hit.item, label, RIGHT if hit.right else WRONG)
     figure.suptitle(
         f"{run.method.title}, {given.bits} bits: nearest pairs, Hamming distance, "
         "✓ shares a label with the query",
@@ -65,8 +56,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def show(axes: plt.Axes, folder: Path, name: str, label: str, colour: str) -> None:
-    with Image.open(folder / Path(name).name) as image:
+def show(axes: plt.Axes, item: Item, label: str, colour: str) -> None:
+    assert item.image is not None
+    with Image.open(item.image) as image:
         axes.imshow(image.convert("RGB"))
     side = image.size[0]
     axes.add_patch(Rectangle((-0.5, -0.5), side, side, fill=False, color=colour, linewidth=1.5))

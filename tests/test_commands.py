@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from helpers import SHARED, SMALL, small_config, write_feature_file
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vhabl import baselines, errors, importance, train
+from vhabl import baselines, errors, importance, runs, train
 from vhabl import eval as evaluation
 from vhabl.data import load as load_data
 from vhabl.report import __main__ as report
@@ -143,8 +144,26 @@ def test_baselines_and_report(feature_file: Path, run_folder: Path, command) -> 
     assert [n for n in ("chance", "LSH", "ITQ", "VH-ABL") if f"| {n} " in out] == [
         "chance", "LSH", "ITQ", "VH-ABL",
     ]  # fmt: skip
+    page = Path("checkpoint/wiki/report/index.html")
+    assert f"report: {page}" in out and "VH-ABL, 16 bits" in page.read_text(encoding="utf-8")
     code, _, err = command(report.main, feature_file.parent / "dataset")
     assert code == 2 and "no metrics.json" in one_message(err)
+
+
+def test_a_report_without_its_data_says_what_it_leaves_out(
+    feature_file: Path, run_folder: Path, command
+) -> None:
+    moved = feature_file.rename(feature_file.with_name("moved.mat"))
+    code, _, err = command(report.main, run_folder, "--out", "made")
+    assert code == 0 and len(err.splitlines()) == 1
+    assert err.startswith("note: no codes and no retrieved items in the report: ")
+    text = Path("made/index.html").read_text(encoding="utf-8")
+    assert "Retrieved items" not in text and Path("made/plots/training.png").exists()
+    code, _, err = command(report.main, run_folder, f"data.path={moved}", "--out", "made")
+    assert code == 0 and err == ""
+    assert "Retrieved items" in Path("made/index.html").read_text(encoding="utf-8")
+    code, out, _ = command(report.main, run_folder, "--table-only", "--out", "none")
+    assert code == 0 and "VH-ABL" in out and not Path("none").exists()
 
 
 def test_two_runs_are_compared(feature_file: Path, run_folder: Path, command) -> None:
@@ -396,7 +415,7 @@ def test_a_query_in_the_database_is_left_out_by_every_command(
         data = real(config)
         return replace(data, query=data.database.take(np.arange(8)))
 
-    for module in (train, evaluation):
+    for module in (train, runs):
         monkeypatch.setattr(module, "load_data", inside)
     assert command(train.main, *training(feature_file))[0] == 0
     folder = Path("checkpoint/wiki/vh_abl/0")
@@ -435,7 +454,23 @@ def test_the_history_of_a_run_has_every_epoch(run_folder: Path) -> None:
     selected = [row for row in history if row["phase"] == "select"]
     assert [row["epoch"] for row in selected] == [1, 2, 3, 4]
     assert ["validation" in row for row in selected] == [False, True, False, True]
+    best = max(selected[1::2], key=lambda row: row["validation"])["epoch"]
+    final = [row["epoch"] for row in history if row["phase"] == "final"]
+    assert final == list(range(1, best + 1))
     assert all(row["loss"] > 0 for row in history)
+
+
+def test_records_carry_the_seed_of_their_run(feature_file: Path, command) -> None:
+    """What a table counts as several seeds is told apart by this alone."""
+    assert command(train.main, *training(feature_file, "seed=3", "epochs=1"))[0] == 0
+    folder = Path("checkpoint/wiki/vh_abl/3")
+    found = [json.loads((folder / "metrics.json").read_text())]
+    _, out, _ = command(evaluation.main, "--checkpoint", folder, "--json", "--measures", "all")
+    found.append([json.loads(line) for line in out.splitlines()])
+    command(baselines.main, "data=wiki", f"data.path={feature_file}", "bits=[8]", "seed=3")
+    found.append(json.loads(Path("checkpoint/wiki/baselines/3/metrics.json").read_text()))
+    assert [{row["seed"] for row in rows} for rows in found] == [{3}] * 3
+    assert all("VH-ABL (real-valued)" in {row["method"] for row in rows} for rows in found[:2])
 
 
 @pytest.mark.parametrize("how", ["not finite", "another shape", "one too many"])
@@ -460,14 +495,73 @@ def test_a_checkpoint_whose_tensors_do_not_fit(run_folder: Path, how: str, comma
 
 def test_projections_follow_the_seed_and_need_enough_items() -> None:
     x = np.random.default_rng(0).normal(size=(9, 20)).astype(np.float32)
-    assert not np.array_equal(baselines.lsh(x, 4, 0), baselines.lsh(x, 4, 1))
-    assert np.array_equal(baselines.lsh(x, 4, 1), baselines.lsh(x, 4, 1))
+    for fit in (baselines.lsh, baselines.itq):
+        first, again, other = (fit(x, 4, seed) for seed in (0, 0, 1))
+        assert first is not None and again is not None and other is not None
+        assert np.array_equal(first, again) and not np.allclose(first, other)
     assert baselines.itq(x, 9, 0) is None  # 9 items span 8 directions about their mean
     found = baselines.itq(x, 3, 0)
     assert found is not None
     assert np.allclose(found.T @ found, np.eye(3), atol=1e-4)
     strongest = np.linalg.svd(x, full_matrices=False)[2][:3]
     assert np.allclose(found @ (found.T @ strongest.T), strongest.T, atol=1e-4)
+
+
+def test_itq_turns_principal_directions_to_the_least_quantisation_error() -> None:
+    """Least error is most mean |projection|. Of normal data that is sqrt(2 / pi) times each
+    bit's deviation, and most where the turn gives every bit the same variance.
+    """
+    random = np.random.default_rng(0)
+    turn = np.linalg.qr(random.normal(size=(8, 8)))[0]
+    x = random.normal(size=(2000, 8)) * [16, 4, 2, 1, 0.5, 0.5, 0.5, 0.5] @ turn
+    x = x.astype(np.float32)
+    variance = np.linalg.eigvalsh(x.T @ x / len(x))[-4:].mean()
+    for seed in range(5):
+        projection = baselines.itq(x, 4, seed)
+        assert projection is not None
+        found = np.abs(x @ projection).mean()
+        assert found == pytest.approx(np.sqrt(2 / np.pi * variance), rel=0.02)
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_logistic_regression_is_where_its_penalised_loss_is_flat(single: bool) -> None:
+    """The gradient of the loss cancels that of 0.1 |weight|^2; the bias has no penalty."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(50, 4)).astype(np.float32)
+    y = np.eye(3, dtype=np.float32)[random.integers(3, size=50)]
+    classify = baselines.logistic_regression(x, y, 0.1, single)
+    weight = classify(np.eye(4, dtype=np.float32)) - classify(np.zeros((1, 4), np.float32))
+    logits = torch.from_numpy(classify(x))
+    chances = logits.softmax(dim=1) / 50 if single else logits.sigmoid() / 150
+    slope = chances.numpy() - y / (50 if single else 150)
+    assert np.allclose(x.T @ slope, -2 * 0.1 * weight, atol=1e-4) and np.abs(weight).max() > 0.01
+    assert np.allclose(slope.sum(axis=0), 0, atol=1e-4)
+
+
+def test_the_classifier_has_the_penalty_that_serves_held_out_items_best(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All penalties but one are made to give opposite answers."""
+    real = baselines.logistic_regression
+    fitted, asked = [], []
+
+    def spoiled(
+        x: np.ndarray, y: np.ndarray, penalty: float, single: bool
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        fitted.append((len(x), penalty))
+        classify = real(x, y, penalty, single)
+
+        def answer(new: np.ndarray) -> np.ndarray:
+            asked.append(len(new))
+            return classify(new) * (1 if penalty == 1e-2 else -1)
+
+        return answer
+
+    monkeypatch.setattr(baselines, "logistic_regression", spoiled)
+    data = load_data(small_config(feature_file).data)
+    baselines.classifier_codes(data, 0)
+    assert fitted == [*((54, penalty) for penalty in baselines.PENALTIES), (60, 1e-2)]
+    assert asked == [6, 6, 6, 6, 20, 60]
 
 
 def test_baselines_measure_features_on_the_training_items(feature_file: Path) -> None:

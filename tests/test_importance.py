@@ -111,7 +111,10 @@ def test_a_ranking_scores_intervals_and_means_of_random_orders(
     feature_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in score: the sum of the columns."""
-    monkeypatch.setattr("vhabl.importance.score", lambda _, columns: float(np.sum(columns)))
+    for module in ("importance", "evaluator"):
+        monkeypatch.setattr(
+            f"vhabl.{module}.score", lambda _, columns: float(np.arange(32)[columns].sum())
+        )
     config = small_config(feature_file, "nested_mlp", "epochs=1", "bits=[32]")
     rows = ranking(config, load_data(config.data), 5)
     found = {(r.order, r.bits): r.value for r in rows}

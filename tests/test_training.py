@@ -146,6 +146,8 @@ def test_the_final_phase_trains_for_the_epochs_chosen(
     trainer.run()
     phases = [row["phase"] for row in trainer.progress.history]
     assert phases.count("select") == 6 and phases.count("final") == 4
+    stored = [row["validation"] for row in trainer.progress.history if "validation" in row]
+    assert stored == [0.2, 0.9, 0.4]
 
 
 @pytest.mark.parametrize(
@@ -335,6 +337,24 @@ def test_a_step_follows_the_sum_of_the_terms_of_its_own_batch(
     first = trainer.progress.history[0]
     assert first["loss"] == pytest.approx(first["a"] + first["b"])
     assert first["a"] == pytest.approx(float(before.sum()), abs=1e-5)
+
+
+def test_the_history_has_the_mean_of_each_term_over_the_batches(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([1.0, 2.0, 6.0])
+
+    def loss(self: NestedMLP, batch: Batch) -> dict[str, torch.Tensor]:
+        nothing = 0 * self.head[1].bias.sum()
+        return {"a": nothing + next(values), "b": nothing + 1}
+
+    monkeypatch.setattr(NestedMLP, "loss", loss)
+    config = small_config(
+        feature_file, "nested_mlp", "validation.fraction=0", "epochs=1", "batch_size=20"
+    )
+    trainer = Trainer(config, load_data(config.data), False)
+    trainer.run()
+    assert trainer.progress.history == [{"phase": "final", "epoch": 1, "a": 3, "b": 1, "loss": 4}]
 
 
 @pytest.mark.parametrize(("clip", "longest"), [(1e-3, 1e-3), (0.0, float("inf"))])

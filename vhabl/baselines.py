@@ -18,7 +18,7 @@ from vhabl import errors
 from vhabl.config import load_baselines
 from vhabl.data import load as load_data
 from vhabl.encoders import FeatureScaling
-from vhabl.evaluator import Record, records
+from vhabl.evaluator import CLASSIFIER, Record, records
 from vhabl.files import write_json
 from vhabl.report import print_table
 from vhabl.types import Codes, Dataset, Split
@@ -145,7 +145,7 @@ def baseline_records(data: Dataset, lengths: Sequence[int], seed: int) -> list[R
         rows += records(title, data, found, seed, "curves")
     found_codes = classifier_codes(data, seed)
     codes = Codes(found_codes["query"], found_codes["database"], *labels)
-    return rows + records("linear classifier", data, {codes.bits: {"fused": codes}}, seed, "curves")
+    return rows + records(CLASSIFIER, data, {codes.bits: {"fused": codes}}, seed, "curves")
 
 
 def main(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def from_yaml(text: str, where: Path) -> Config:
     return _build_config(types, [(where, _flatten(values))], where)
 
 
-def override(config: Config, overrides: list[str]) -> Config:
+def override(config: Config, overrides: Sequence[str]) -> Config:
     """A configuration with a few keys changed, checked as if it were typed in."""
     types = _config_types(config.method, COMMAND_LINE)
     layers: list[Layer] = [
@@ -319,7 +319,7 @@ def _parse_yaml(text: str, where: object) -> dict[str, Any]:
     return values
 
 
-def _parse_overrides(overrides: list[str]) -> dict[str, Any]:
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for text in overrides:
         name, sign, value = text.partition("=")

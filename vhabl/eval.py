@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from vhabl import codes, errors, runs
-from vhabl.config import override
-from vhabl.data import load as load_data
 from vhabl.errors import fail
 from vhabl.evaluator import (
     MeasureSet,
     Record,
-    code_tasks,
     measure,
     own_positions,
     real_valued_records,
@@ -29,9 +25,6 @@ from vhabl.evaluator import (
 )
 from vhabl.metrics import per_query, permutation_test
 from vhabl.report import print_table
-from vhabl.settings import DataConfig
-from vhabl.trainer import pick_device
-from vhabl.types import Codes, Dataset
 
 
 def main(arguments: list[str]) -> int:
@@ -127,27 +120,11 @@ def evaluate_runs(
 ) -> list[Record]:
     """Encode and measure again every run at or below a folder."""
     rows: list[Record] = []
-    for run, data, found in encoded_runs(folder, bits, overrides):
+    for run, data, found in runs.encoded(runs.find(folder), bits, overrides):
         rows += records(run.method.title, data, found, run.config.seed, measures, keep_own)
         if measures != "headline":
             rows += real_valued_records(run.method, data, list(found), run.config.seed)
     return rows
-
-
-def encoded_runs(
-    folder: Path, bits: list[int] | None, overrides: list[str]
-) -> Iterator[tuple[runs.Run, Dataset, dict[int, dict[str, Codes]]]]:
-    """Every run at or below a folder, its data and its codes of the lengths asked for."""
-    data: Dataset | None = None
-    data_config: DataConfig | None = None
-    for path in runs.find(folder):
-        run = runs.load(path)
-        config = override(run.config, overrides)
-        if data is None or config.data != data_config:  # seeds of one run share their data
-            data, data_config = load_data(config.data), config.data
-        runs.check_data(run, data)
-        method = run.method.to(pick_device(config.device))
-        yield run, data, code_tasks(method, data, bits or config.bits)
 
 
 def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> str:
@@ -179,7 +156,7 @@ def _query_precisions(
 ) -> dict[tuple[int, str], list[np.ndarray]]:
     """AP of each query (0 where it has no match) of every run at or below a folder."""
     found: dict[tuple[int, str], list[np.ndarray]] = {}
-    for _, data, codes_of_run in encoded_runs(folder, bits, overrides):
+    for _, data, codes_of_run in runs.encoded(runs.find(folder), bits, overrides):
         own = own_positions(data.query.ids, data.database.ids)
         for length, tasks in codes_of_run.items():
             for task, part in tasks.items():

@@ -23,6 +23,8 @@ from vhabl.metrics import (
 )
 from vhabl.types import Batch, Codes, Dataset, Split
 
+CLASSIFIER = "linear classifier"  # titles by which a table knows the reference rows
+REAL_VALUED = " (real-valued)"
 ENCODE_BATCH = 2048  # items encoded at once; part of the protocol, so that results repeat
 
 
@@ -149,7 +151,7 @@ def real_valued_records(
     rows: list[Record] = []
     index = tuple(m for m in MEASURES if m.name == "mAP@all" and m.ties == "index")
     query, database = (relaxed_codes(method, split) for split in (data.query, data.database))
-    title = f"{method.title} (real-valued)"
+    title = method.title + REAL_VALUED
     for bits in lengths:
         cut = [{view: _unit(h[:, :bits]) for view, h in side.items()} for side in (query, database)]
         for task, found in to_tasks(cut[0], cut[1], data).items():
@@ -220,6 +222,23 @@ def _record(template: Record, value: Value, name: str, number: float) -> Record:
         queries=value.queries,
         queries_without_match=value.queries_without_match,
     )
+
+
+def score(codes: Codes, columns: Sequence[int] | np.ndarray | slice) -> float:
+    """mAP@all (expected) of the codes with these bits only."""
+    part = replace(codes, query=codes.query[:, columns], database=codes.database[:, columns])
+    return evaluate(part)[0].value
+
+
+INTERVAL = 10  # bits
+
+
+def interval_scores(codes: Codes) -> dict[str, float]:
+    """mAP@all of bits 1-10 alone, of 11-20 alone, and so on: falls where bits are ranked."""
+    return {
+        f"{first + 1}-{first + INTERVAL}": score(codes, slice(first, first + INTERVAL))
+        for first in range(0, codes.bits - INTERVAL + 1, INTERVAL)
+    }
 
 
 def validation_score(method: HashingMethod, data: Dataset, lengths: Sequence[int]) -> float:

@@ -29,17 +29,16 @@ from vhabl import errors
 from vhabl.config import CONFIG_DIR, Config, load, override
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
-from vhabl.evaluator import batches_in_order, code_tasks
+from vhabl.evaluator import batches_in_order, code_tasks, interval_scores, score
 from vhabl.files import write_text
 from vhabl.methods.base import HashingMethod
-from vhabl.metrics import average_precision, evaluate
+from vhabl.metrics import average_precision
 from vhabl.metrics.hamming import shared_labels
-from vhabl.report.plots import plot_lines
+from vhabl.report.plots import category_panel, plot
 from vhabl.trainer import Trainer
 from vhabl.types import Codes, Dataset
 
 PREFIXES = (8, 16, 32, 64)
-INTERVAL = 10
 CUT = 16
 BASE_LENGTHS = tuple(2**power for power in range(2, 11))
 RANDOM_ORDERS = 10
@@ -55,12 +54,6 @@ class Row:
     order: str
     bits: str
     value: float
-
-
-def score(codes: Codes, columns: Sequence[int] | np.ndarray | slice) -> float:
-    """mAP@all (expected) of the codes with these bits only."""
-    part = replace(codes, query=codes.query[:, columns], database=codes.database[:, columns])
-    return evaluate(part)[0].value
 
 
 def fused_codes(method: HashingMethod, data: Dataset) -> Codes:
@@ -98,10 +91,8 @@ def ranking(config: Config, data: Dataset, seed: int) -> list[Row]:
     for m in lengths:
         mean = float(np.mean([score(test, order[:m]) for order in orders]))
         rows.append(Row("ranking", seed, "random", str(m), mean))
-    for first in range(0, method.bits - INTERVAL + 1, INTERVAL):
-        columns = learned[first : first + INTERVAL]
-        name = f"{first + 1}-{first + INTERVAL}"
-        rows.append(Row("intervals", seed, "learned", name, score(test, columns)))
+    for name, value in interval_scores(test).items():
+        rows.append(Row("intervals", seed, "learned", name, value))
     return rows
 
 
@@ -212,7 +203,7 @@ def write(folder: Path, experiment: str, rows: Sequence[Row], title: str) -> Non
         }
         for order in dict.fromkeys(r.order for r in rows)
     }
-    plot_lines(folder / experiment, lines, title, _AXES[experiment], "mAP@all")
+    plot(folder / experiment, [category_panel(title, _AXES[experiment], "mAP@all", lines)])
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import yaml
@@ -16,7 +16,10 @@ _ALIASES = {"mirflickr": ("flickr",), "nuswide": ("nus",), "coco": ("coco",)}
 
 @dataclass(frozen=True)
 class Published:
-    """The figures of one method as its source gives them. values: {data: {task: one per bits}}."""
+    """The figures of one method as its source gives them. values: {data: {task: one per bits}}.
+
+    Empty lists stand for a table that exists but was not found as text.
+    """
 
     method: str
     bits: list[int]
@@ -24,6 +27,9 @@ class Published:
     protocol: str
     source: str
     oracle_labels: bool = False
+    measure: str | None = None  # under its unmistakable name; None: not stated
+    queries: dict[str, int] = field(default_factory=dict)  # {data: number}
+    epoch: str | None = None  # what the best epoch was chosen on
 
 
 @cache

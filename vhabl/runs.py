@@ -16,6 +16,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,15 +27,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vhabl import methods
-from vhabl.config import Config, from_yaml, to_yaml
+from vhabl.config import Config, from_yaml, override, to_yaml
+from vhabl.data import load as load_data
 from vhabl.errors import VhablError, fail
-from vhabl.evaluator import Record
+from vhabl.evaluator import Record, code_tasks
 from vhabl.files import PROJECT, atomic_path, write_json, write_text
 from vhabl.methods.base import HashingMethod
-from vhabl.types import Dataset, DataSpec
+from vhabl.settings import DataConfig
+from vhabl.trainer import pick_device
+from vhabl.types import Codes, Dataset, DataSpec
 
 WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.json"
+HISTORY_FILE = "history.json"
 _PACKAGES = ("torch", "numpy", "scipy", "h5py", "safetensors", "faiss-cpu")
 
 
@@ -66,7 +71,7 @@ def save(
     with atomic_path(folder / WEIGHTS_FILE) as path:
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
         save_file(tensors, str(path), metadata=header)
-    write_json(folder / "history.json", history)
+    write_json(folder / HISTORY_FILE, history)
     write_json(folder / "environment.json", environment())
     write_json(folder / METRICS_FILE, [row.as_dict() for row in rows])
 
@@ -171,6 +176,31 @@ def find(folder: Path) -> list[Path]:
             "a run folder, or a folder above several runs",
         )
     return found
+
+
+def encoded(
+    folders: Sequence[Path], bits: Sequence[int] | None, overrides: Sequence[str]
+) -> Iterator[tuple[Run, Dataset, dict[int, dict[str, Codes]]]]:
+    """Each run, its data and its codes of the lengths asked for, or of those it was trained for."""
+    data: Dataset | None = None
+    data_config: DataConfig | None = None
+    for folder in folders:
+        run = load(folder)
+        config = override(run.config, overrides)
+        if data is None or config.data != data_config:  # runs on the same data share them
+            data, data_config = load_data(config.data), config.data
+        check_data(run, data)
+        method = run.method.to(pick_device(config.device))
+        yield run, data, code_tasks(method, data, bits or config.bits)
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Losses and validation of every epoch. Raises VhablError where the file is damaged."""
+    path = folder / HISTORY_FILE
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        fail(path, f"content that is not a list ({error})", "what vhabl.train writes")
 
 
 def read_records(path: Path) -> list[Record]:

@@ -158,7 +158,7 @@ class Trainer:
                 if progress.epoch % config.save_every == 0:
                     self._save_state()
         if self.held_out is not None and not progress.best_epoch:  # fewer epochs than `every`
-            self._validate()
+            progress.history[-1]["validation"] = self._validate()
 
     def _stopped(self) -> bool:
         patience = self.config.validation.patience

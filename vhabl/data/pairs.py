@@ -16,6 +16,7 @@ from PIL import Image
 
 from vhabl.data.descriptors import describe_image
 from vhabl.errors import VhablError, fail
+from vhabl.files import locate
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig
 from vhabl.types import Split
@@ -34,17 +35,8 @@ def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
     those of the training captions alone. Raises VhablError where files disagree or an image
     cannot be read.
     """
-    columns = {}
-    for name in _KEYS:
-        file = path / f"{name}.mat"
-        arrays = read_mat(file, _KEYS[name])
-        found = [k for k in _KEYS[name] if k in arrays]
-        if not found:
-            fail(f"{file}: keys", "none of them", " or ".join(_KEYS[name]))
-        columns[name] = arrays[found[0]]
-    captions = [_first_text(path / "caption.mat", c) for c in columns["caption"].reshape(-1)]
-    images = [_first_text(path / "index.mat", i) for i in columns["index"].reshape(-1)]
-    labels = columns["label"]
+    captions, images = _texts(path, "caption"), _texts(path, "index")
+    labels = _column(path, "label")
     if labels.ndim != 2 or labels.dtype.kind not in "fiub" or not np.isin(labels, (0, 1)).all():
         fail(
             f"{path / 'label.mat'}: key label",
@@ -82,6 +74,27 @@ def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
         return Split(ids[rows], image[rows], text[rows], labels[rows])
 
     return split(train), split(database), split(query)
+
+
+def captions_and_images(config: DataConfig) -> dict[str, tuple[str, Path]]:
+    """The first caption and the image file of every item, by its id."""
+    path = locate(config.path)
+    names = _texts(path, "index")
+    files = [path / config.image_root / Path(name).name for name in names]
+    return dict(zip(names, zip(_texts(path, "caption"), files, strict=True), strict=True))
+
+
+def _column(path: Path, name: str) -> np.ndarray:
+    file = path / f"{name}.mat"
+    arrays = read_mat(file, _KEYS[name])
+    found = [k for k in _KEYS[name] if k in arrays]
+    if not found:
+        fail(f"{file}: keys", "none of them", " or ".join(_KEYS[name]))
+    return arrays[found[0]]
+
+
+def _texts(path: Path, name: str) -> list[str]:
+    return [_first_text(path / f"{name}.mat", cell) for cell in _column(path, name).reshape(-1)]
 
 
 def _first_text(file: Path, cell: object) -> str:

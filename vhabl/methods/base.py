@@ -70,6 +70,10 @@ class HashingMethod(nn.Module, ABC):
         if not 1 <= bits <= self.bits:
             fail("key bits", str(bits), f"a code length from 1 to {self.bits}, which the model has")
 
+    def bit_importance(self) -> Tensor | None:
+        """What each bit of a code weighs, [K], where the method ranks bits. Default: nothing."""
+        return None
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser; `lr_scale` multiplies the recipe's rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]

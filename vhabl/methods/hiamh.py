@@ -71,6 +71,9 @@ class HIAMH(HashingMethod):
         w = F.softplus(self.theta).flip(0).cumsum(0).flip(0)
         return w / w.mean()
 
+    def bit_importance(self) -> Tensor:
+        return self.bit_weights().detach()
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y = batch.labels
         target = losses.TARGETS[self.settings.target](y)

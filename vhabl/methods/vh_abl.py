@@ -82,6 +82,9 @@ class VHABL(HashingMethod):
         w = F.softplus(self.importance_out(F.relu(self.importance_in(h))))
         return w / w.mean(dim=1, keepdim=True)
 
+    def bit_importance(self) -> Tensor:
+        return self.importance
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y = batch.labels
         target = losses.TARGETS[self.settings.target](y)

@@ -1,5 +1,5 @@
-"""Tables and plots, made from metrics.json records and from nothing else."""
+"""Tables, plots and pages, made from metrics.json records and from finished runs."""
 
-from vhabl.report.table import print_table, table
+from vhabl.report.table import Table, print_table
 
-__all__ = ["print_table", "table"]
+__all__ = ["Table", "print_table"]

@@ -1,4 +1,4 @@
-"""Print the table of runs: python -m vhabl.report checkpoint/emoji [FOLDER ...]."""
+"""Print the table of runs and write their report: python -m vhabl.report checkpoint/emoji."""
 
 from __future__ import annotations
 
@@ -6,26 +6,51 @@ import argparse
 from pathlib import Path
 
 from vhabl import errors
-from vhabl.report import print_table
-from vhabl.runs import METRICS_FILE, read_records
+from vhabl.report import page, print_table
+from vhabl.runs import METRICS_FILE, WEIGHTS_FILE, read_records
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vhabl.report",
-        description="A table of all metrics.json files at or below the folders.",
+        description="A table of all metrics.json files at or below the folders, and a report: the "
+        "table as Markdown, CSV, LaTeX and JSON, plots as PNG and SVG, and one HTML page.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--measure", default="mAP@all", help="default: mAP@all")
-    given = parser.parse_args(arguments)
-    files = [file for folder in given.folders for file in sorted(folder.rglob(METRICS_FILE))]
+    parser.add_argument(
+        "given",
+        nargs="+",
+        metavar="FOLDER|key=value",
+        help="folders of runs; data.path=PATH or device=NAME where they differ from the runs'",
+    )
+    parser.add_argument("--measure", default="mAP@all", help="of the printed table [mAP@all]")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: report/ in the first folder"
+    )
+    parser.add_argument("--table-only", action="store_true", help="print, and write nothing")
+    given = parser.parse_intermixed_args(arguments)
+    overrides = [text for text in given.given if "=" in text]
+    folders = [Path(text) for text in given.given if "=" not in text]
+    files = [file for folder in folders for file in sorted(folder.rglob(METRICS_FILE))]
     if not files:
-        folders = " ".join(map(str, given.folders))
-        errors.fail(folders, f"no {METRICS_FILE}", "folders of runs that training wrote")
-    rows = [row for file in files for row in read_records(file)]
-    for data in dict.fromkeys(row.data for row in rows):
+        errors.fail(
+            " ".join(map(str, folders)) or "argument FOLDER",
+            f"no {METRICS_FILE}",
+            "folders of runs that training wrote",
+        )
+    records = {file.parent: read_records(file) for file in files}
+    data_sets = dict.fromkeys(row.data for rows in records.values() for row in rows)
+    out = given.out or folders[0] / "report"
+    for data in data_sets:
         print(f"\n{data}")
-        print_table([row for row in rows if row.data == data], given.measure)
+        rows = [row for rows in records.values() for row in rows if row.data == data]
+        print_table(rows, given.measure)
+        if given.table_only:
+            continue
+        target = out if len(data_sets) == 1 else out / data
+        of_data = [folder for folder, rows in records.items() if rows and rows[0].data == data]
+        run_folders = [folder for folder in of_data if (folder / WEIGHTS_FILE).is_file()]
+        page.write(target, rows, run_folders, overrides)
+        print(f"report: {target / 'index.html'}")
     return 0
 
 

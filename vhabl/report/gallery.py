@@ -1,0 +1,87 @@
+"""Rows of real retrieved items: a query and its nearest items, right and wrong ones marked."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vhabl.data.pairs import captions_and_images
+from vhabl.evaluator import own_positions
+from vhabl.metrics import hamming_distances
+from vhabl.settings import DataConfig
+from vhabl.types import Codes, Dataset
+
+THUMBNAIL = 96  # pixels, the longer side
+
+
+@dataclass(frozen=True)
+class Item:
+    """One pair as it is shown. image is None where the data set has features only."""
+
+    caption: str
+    classes: str
+    image: Path | None
+
+    @property
+    def source(self) -> str:
+        """The image as a data URI that holds a thumbnail."""
+        assert self.image is not None
+        with Image.open(self.image) as image:
+            small = image.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        stored = io.BytesIO()
+        small.save(stored, "WEBP", quality=85)
+        return "data:image/webp;base64," + base64.b64encode(stored.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Hit:
+    item: Item
+    distance: int
+    right: bool  # shares a label with the query
+
+
+class Gallery:
+    """Shows the items of a data set."""
+
+    def __init__(self, config: DataConfig, data: Dataset) -> None:
+        self.data = data
+        self.pairs = captions_and_images(config) if config.kind == "pairs" else {}
+        numbered = [f"class {c + 1}" for c in range(data.spec.classes)]
+        known = len(config.class_names) == len(numbered)
+        self.class_names = np.array(config.class_names if known else numbered)
+
+    def item(self, name: object, labels: np.ndarray, otherwise: str) -> Item:
+        caption, image = self.pairs.get(str(name), (otherwise, None))
+        return Item(caption, ", ".join(self.class_names[labels > 0]) or "no label", image)
+
+    def row(self, codes: Codes, query: int, top: int) -> tuple[Item, list[Hit]]:
+        """A query and the `top` items nearest to it; items at equal distance in their order."""
+        data = self.data
+        distances = hamming_distances(codes.query[query : query + 1], codes.database)[0]
+        own = own_positions(data.query.ids[query : query + 1], data.database.ids)
+        nearest = np.argsort(distances, kind="stable")[: top + 1]
+        nearest = nearest[~np.isin(nearest, own if own is not None else [])][:top]
+        labels = codes.query_labels[query]
+        hits = [
+            Hit(
+                self.item(data.database.ids[i], codes.database_labels[i], f"item {i + 1}"),
+                int(distances[i]),
+                bool((labels & codes.database_labels[i]).any()),
+            )
+            for i in nearest
+        ]
+        return self.item(data.query.ids[query], labels, f"query {query + 1}"), hits
+
+
+def sample_of_queries(codes: Codes, count: int, seed: int = 0) -> Sequence[int]:
+    """Query numbers drawn at random, so that nobody has chosen them."""
+    total = len(codes.query)
+    drawn = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
+    return [int(q) for q in np.sort(drawn)]
