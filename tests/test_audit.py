@@ -53,7 +53,9 @@ def test_projections_are_plausible(emoji: Dataset, fit, bits: int) -> None:
 
 def test_predicted_labels_are_plausible(emoji: Dataset) -> None:
     """They are made from what a classifier sees; true labels as a code are not."""
-    predicted = classifier_codes(emoji, 0)["query"]
+    features = Features(emoji)
+    x, new = features(emoji.train), features(emoji.query)
+    (predicted,) = classifier_codes(x, emoji.train.labels, [new], 0)
     assert not bit_errors(predicted, emoji.query.labels).implausible
     true = np.where(emoji.query.labels > 0, 1, -1)
     assert bit_errors(true, emoji.query.labels).implausible

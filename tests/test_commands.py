@@ -559,7 +559,7 @@ def test_the_classifier_has_the_penalty_that_serves_held_out_items_best(
 
     monkeypatch.setattr(baselines, "logistic_regression", spoiled)
     data = load_data(small_config(feature_file).data)
-    baselines.classifier_codes(data, 0)
+    baselines.baseline_records(data, [8], 0)
     assert fitted == [*((54, penalty) for penalty in baselines.PENALTIES), (60, 1e-2)]
     assert asked == [6, 6, 6, 6, 20, 60]
 

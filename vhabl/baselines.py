@@ -67,17 +67,19 @@ def itq(x: np.ndarray, bits: int, seed: int) -> np.ndarray | None:
     return (turn @ directions[:bits]).T.astype(np.float32)
 
 
-def classifier_codes(data: Dataset, seed: int) -> dict[str, np.ndarray]:
-    """Predicted labels as a code, one bit a class: {"query": [Q, C], "database": [N, C]}, +-1.
+def classifier_codes(
+    x: np.ndarray, labels: np.ndarray, others: Sequence[np.ndarray], seed: int
+) -> list[np.ndarray]:
+    """Predicted labels as a code of +-1, one bit a class: int8 [M, C] for each of others [M, d].
 
-    A linear classifier by logistic regression. Where it beats a hash, the hash adds nothing to
-    knowing the classes (Sablayrolles et al., ICASSP 2017). The penalty on squared weights is the
-    one of `PENALTIES` that names the most classes of a tenth of the training items. Where every
-    training item has one class, the likeliest class is predicted, else those above one half.
+    x [N, d] and labels [N, C] are the training items. A linear classifier by logistic regression:
+    where it beats a hash, the hash adds nothing to knowing the classes (Sablayrolles et al., ICASSP
+    2017). The penalty on squared weights is the one of `PENALTIES` that names the most classes of a
+    tenth of the training items. Where every training item has one class, the likeliest class is
+    predicted, else those above one half.
     """
-    features = Features(data)
-    single = bool((data.train.labels.sum(axis=1) == 1).all())
-    x, y = features(data.train), data.train.labels.astype(np.float32)
+    single = bool((labels.sum(axis=1) == 1).all())
+    y = labels.astype(np.float32)
     order = np.random.default_rng(seed).permutation(len(x))
     held_out, fit = np.split(order, [max(1, len(x) // 10)])
 
@@ -87,10 +89,7 @@ def classifier_codes(data: Dataset, seed: int) -> dict[str, np.ndarray]:
 
     best = max(PENALTIES, key=agreement)
     classifier = logistic_regression(x, y, best, single)
-    return {
-        name: np.where(predicted(classifier(features(split)), single), 1, -1).astype(np.int8)
-        for name, split in (("query", data.query), ("database", data.database))
-    }
+    return [np.where(predicted(classifier(new), single), 1, -1).astype(np.int8) for new in others]
 
 
 def predicted(logits: np.ndarray, single: bool) -> np.ndarray:
@@ -143,8 +142,8 @@ def baseline_records(data: Dataset, lengths: Sequence[int], seed: int) -> list[R
                 codes = Codes(q.astype(np.int8), db.astype(np.int8), *labels)
                 found[bits] = {"fused": codes}
         rows += records(title, data, found, seed, "curves")
-    found_codes = classifier_codes(data, seed)
-    codes = Codes(found_codes["query"], found_codes["database"], *labels)
+    q, db = classifier_codes(train, data.train.labels, (query, database), seed)
+    codes = Codes(q, db, *labels)
     return rows + records(CLASSIFIER, data, {codes.bits: {"fused": codes}}, seed, "curves")
 
 
