@@ -507,6 +507,14 @@ def test_projections_follow_the_seed_and_need_enough_items() -> None:
     assert np.allclose(found @ (found.T @ strongest.T), strongest.T, atol=1e-4)
 
 
+def test_baselines_are_drawn_by_the_seed(feature_file: Path) -> None:
+    data = load_data(small_config(feature_file).data)
+    runs_of_seeds = [baselines.baseline_records(data, [8], seed) for seed in (0, 1)]
+    for title, drawn in (("chance", False), ("LSH", True), ("ITQ", True)):
+        first, second = ([r.value for r in rows if r.method == title] for rows in runs_of_seeds)
+        assert (first != second) == drawn, title
+
+
 def test_itq_turns_principal_directions_to_the_least_quantisation_error() -> None:
     """Least error is most mean |projection|. Of normal data that is sqrt(2 / pi) times each
     bit's deviation, and most where the turn gives every bit the same variance.

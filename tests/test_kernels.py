@@ -63,6 +63,7 @@ def assert_equal(kernel: ModuleType, packed: Packed) -> None:
     density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     weighted=st.booleans(),
     own=st.booleans(),
+    degrees=st.sampled_from(["none", "none", "whole", "real"]),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_kernel_equals_the_reference(
@@ -75,9 +76,17 @@ def test_a_kernel_equals_the_reference(
     density: float,
     weighted: bool,
     own: bool,
+    degrees: str,
 ) -> None:
     rng = np.random.default_rng(seed)
     codes = random_codes(rng, queries, items, bits, classes, density)
+    if degrees != "none":
+        codes = replace(
+            codes,
+            query_labels=codes.query_labels * rng.integers(1, 4, codes.query_labels.shape),
+            database_labels=codes.database_labels
+            * (rng.integers(1, 4, codes.database_labels.shape) * (0.5 if degrees == "real" else 1)),
+        )
     weights = rng.integers(0, 6, bits) if weighted else None
     positions = rng.integers(-1, items, queries) if own else None
     assert_equal(kernel, Packed.of(codes, weights, positions))
@@ -251,3 +260,65 @@ def test_the_reference_leaves_the_query_itself_out() -> None:
     found = reference.ordered(Packed.of(codes, own=np.array([0, -1])), np.empty(0), (2,))
     assert found.hits.tolist() == [[1], [1]]
     assert found.precision.tolist() == [[1 / 2], [1]]
+
+
+def good() -> Codes:
+    return random_codes(np.random.default_rng(0), 3, 5, 16, 4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"query": np.ones((3, 20), np.int8)}, "query and database: found 20 and 16 bits"),
+        ({"query_labels": np.ones((3, 5))}, "query and database: found 5 and 4 classes"),
+        ({"query_labels": np.ones((2, 4))}, "query labels: found 2 rows; expected 3"),
+        ({"database_labels": np.ones((9, 4))}, "database labels: found 9 rows; expected 5"),
+        (
+            {"database": np.ones((0, 16)), "database_labels": np.ones((0, 4))},
+            "database codes: found 0",
+        ),
+        (
+            {"query": np.ones((0, 16)), "query_labels": np.ones((0, 4))},
+            "query codes: found 0 items",
+        ),
+        ({"query": np.zeros((3, 16))}, "query codes: found the value 0; expected -1 and"),
+        ({"database": np.full((5, 16), 0.5)}, "database codes: found the value 0.5"),
+        ({"database": np.full((5, 16), np.nan)}, "database codes: found the value nan"),
+        ({"query": np.ones(16)}, r"query codes: found shape \(16,\)"),
+        ({"query": [[1] * 16] * 3}, "query codes: found shape list"),
+        ({"query": np.full((3, 16), "a")}, "query codes: found 16 columns of type <U1"),
+        ({"query_labels": np.ones((3, 0))}, "query labels: found 0 columns"),
+        ({"query": np.ones((3, 0)), "database": np.ones((5, 0))}, "query codes: found 0 columns"),
+    ],
+)
+def test_codes_that_are_none_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(VhablError, match=said):
+        evaluate(replace(good(), **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", [np.ones(15, int), np.ones(16), np.arange(16) - 1])
+def test_weights_that_are_none_are_refused(weights: np.ndarray) -> None:
+    with pytest.raises(VhablError, match=r"weights: found .* expected 16 integers, not negative"):
+        evaluate(good(), weights=weights)
+
+
+@pytest.mark.parametrize("own", [np.zeros(2, int), np.array([0, 5, 0])])
+def test_positions_that_are_none_are_refused(own: np.ndarray) -> None:
+    with pytest.raises(VhablError, match=r"own: found .* expected a position below 5"):
+        evaluate(good(), own=own)
+
+
+def test_packed_words_of_another_width_are_refused() -> None:
+    packed = Packed.of(good())
+    with pytest.raises(VhablError, match=r"database codes: found shape .* expected 2 words"):
+        replace(packed, bits=65, query=np.zeros((3, 2), np.uint64))
+    with pytest.raises(VhablError, match="labels: found"):
+        replace(packed, query_labels=np.zeros((3, 2), np.uint64))
+
+
+def test_a_cut_off_beyond_the_database_takes_all_of_it() -> None:
+    """As documented: precision@N of a smaller database is taken over the whole of it."""
+    found = {(v.measure, v.ties): v.value for v in evaluate(good(), MEASURES)}
+    relevant = (good().query_labels.astype(int) @ good().database_labels.T > 0).mean(axis=1)
+    assert found["precision@100", "expected"] == pytest.approx(relevant.mean())
+    assert found["mAP@5000/min", "expected"] == pytest.approx(found["mAP@all", "expected"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vhabl import codes as code_files
+from vhabl.errors import VhablError
 from vhabl.metrics import (
     HEADLINE,
     MEASURES,
@@ -28,7 +30,7 @@ from vhabl.metrics import (
     integer_weights,
     per_query,
 )
-from vhabl.metrics.counts import Packed
+from vhabl.metrics.counts import Packed, pack_labels, pack_words
 from vhabl.metrics.evaluation import tally_of
 from vhabl.metrics.hamming import shared_labels
 from vhabl.metrics.measures import (
@@ -413,6 +415,80 @@ def test_the_first_match_waits_for_its_share_of_a_tie() -> None:
     """Two of four items at equal distance match: the first of them is expected at rank 5/3."""
     counts = np.array([[[1, 0], [2, 2], [0, 9]]])
     assert first_match_rank(Tally(counts)).tolist() == pytest.approx([1 + 5 / 3])
+
+
+def graded_codes(seed: int, kind: str) -> Codes:
+    """Random codes whose labels have degrees 0 ... 3, or of tenths; the largest is 3."""
+    found = random_codes(4, 30, 5, classes=4, seed=seed)
+    rng = np.random.default_rng(seed)
+
+    def degrees(labels: np.ndarray) -> np.ndarray:
+        steps = rng.integers(1, 31, labels.shape) / 10
+        steps[0, 0] = 3
+        return np.where(labels > 0, np.ceil(steps) if kind == "whole" else steps, 0)
+
+    return replace(
+        found,
+        query_labels=degrees(np.maximum(found.query_labels, np.eye(4, dtype=np.uint8))),
+        database_labels=degrees(found.database_labels),
+    )
+
+
+def plain_shared(found: Codes) -> np.ndarray:
+    """How much each query and item share: [Q, N]."""
+    q, d = found.query_labels[:, None], found.database_labels[None]
+    return np.minimum(q, d).sum(axis=2)
+
+
+@pytest.mark.parametrize("kind", ["whole", "tenths"])
+@pytest.mark.parametrize("seed", range(3))
+def test_graded_labels_give_graded_gain(seed: int, kind: str) -> None:
+    """NDCG of a stable sort, straight from its formula; a degree is rounded to 0.03 at most."""
+    found = graded_codes(seed, kind)
+    gain = 2 ** plain_shared(found) - 1
+    order = np.argsort(hamming_distances(found.query, found.database), axis=1, kind="stable")
+    discount = 1 / np.log2(np.arange(2, 32))
+    dcg = np.take_along_axis(gain, order, axis=1) @ discount
+    ideal = np.sort(gain, axis=1)[:, ::-1] @ discount
+    assert (ideal > 0).all()
+    measures = [m for m in MEASURES if m.name in ("NDCG@100", "mAP@all") and m.ties == "index"]
+    average, ndcg = evaluate(found, measures)
+    tolerance = 1e-12 if kind == "whole" else 0.01
+    assert ndcg.value == pytest.approx(float((dcg / ideal).mean()), abs=tolerance)
+    plain = replace(
+        found,
+        query_labels=(found.query_labels > 0).astype(np.uint8),
+        database_labels=(found.database_labels > 0).astype(np.uint8),
+    )
+    assert average.value == evaluate(plain, measures[:1])[0].value  # relevant is any degree
+    assert abs(ndcg.value - evaluate(plain, measures[1:])[0].value) > 1e-4
+    ranked = evaluate_ranking(
+        found.query, found.database, found.query_labels, found.database_labels, measures
+    )
+    assert [v.value for v in ranked] == pytest.approx([average.value, ndcg.value], rel=1e-12)
+
+
+def test_graded_labels_by_hand() -> None:
+    q, d = np.array([[0.5, 1.0, 0.0]]), np.array([[1.0, 0.25, 1.0], [0.0, 0.001, 0.0], [0, 0, 3]])
+    query, database, unit = pack_labels(q, d)
+    assert unit == 0.03  # a hundredth of the largest
+    shared = np.bitwise_count(query & database).sum(axis=1) * unit
+    assert shared[0] == pytest.approx(0.5 + 0.25, abs=0.03)
+    assert shared[1] == 0.03  # a small degree is not rounded away
+    assert shared[2] == 0
+    ones = pack_labels((q > 0).astype(np.uint8), 3 * (d > 0).astype(np.int64))
+    assert ones[2] == 1 and np.array_equal(ones[0], pack_words(q > 0))
+    many = pack_labels(np.full((1, 40), 3), np.full((2, 40), 5))
+    assert many[0].shape == (1, 2) and np.bitwise_count(many[0] & many[1]).sum() == 2 * 120
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("side", ["query", "database"])
+def test_degrees_that_are_none_are_refused(value: float, side: str) -> None:
+    found = graded_codes(0, "tenths")
+    getattr(found, f"{side}_labels")[1, 1] = value
+    with pytest.raises(VhablError, match=f"{side} labels: found a negative or undefined degree"):
+        evaluate(found)
 
 
 @given(seed=st.integers(0, 1000), cut=st.integers(1, 8))

@@ -12,7 +12,7 @@ import scipy.io
 import torch
 from torch import Tensor
 
-from vhabl.errors import fail
+from vhabl.errors import fail, note, plural
 from vhabl.files import atomic_path
 from vhabl.matfile import read_mat
 from vhabl.types import Codes
@@ -184,9 +184,13 @@ def _codes(path: Path, key: str, values: np.ndarray) -> np.ndarray:
             "numbers, items x bits",
         )
     found = np.unique(values)
-    if not (np.isin(found, (-1, 1)).all() or np.isin(found, (0, 1)).all()):
-        shown = ", ".join(f"{v:g}" for v in found[~np.isin(found, (-1, 1))][:3])
+    if not np.isin(found, (-1, 0, 1)).all():
+        shown = ", ".join(f"{v:g}" for v in found[~np.isin(found, (-1, 0, 1))][:3])
         fail(f"{path}: key {key}", f"values such as {shown}", "codes of -1 and +1 (or 0 and 1)")
+    if -1 in found and 0 in found:
+        zeros = int((values == 0).sum())
+        note(f"{path}: key {key}: {plural(zeros, 'zero')} of a sign function taken as +1")
+        return np.where(values >= 0, 1, -1).astype(np.int8)
     return np.where(values > 0, 1, -1).astype(np.int8)
 
 

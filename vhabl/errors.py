@@ -20,6 +20,11 @@ def fail(where: object, found: str, expected: str) -> NoReturn:
     raise VhablError(f"{where}: found {found}; expected {expected}")
 
 
+def note(text: str) -> None:
+    """Tell the user something that is no error, on stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def plural(count: int, noun: str) -> str:
     """`1 item`, `3 items`: for messages."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from vhabl import codes, errors, runs
 from vhabl.config import Config, describe_keys, load, recipes, to_yaml
@@ -46,8 +45,8 @@ def main(arguments: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     data = load_data(config.data)
-    for note in data.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for text in data.notes:
+        errors.note(text)
     rows = train(config, data, progress_bar=not given.quiet)
     if not given.no_table:
         print_table(rows)

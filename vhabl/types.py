@@ -108,7 +108,8 @@ class Codes:
     """Binary codes of queries and database for one retrieval task, with the labels that judge them.
 
     query [Q, bits] and database [N, bits]: int8 in {-1, +1}, the most important bit first where the
-    method ranks bits; query_labels [Q, C] and database_labels [N, C]: uint8 in {0, 1}.
+    method ranks bits; query_labels [Q, C] and database_labels [N, C]: uint8 in {0, 1}, or degrees
+    from 0 up, which the measures with a graded gain follow.
     """
 
     query: np.ndarray

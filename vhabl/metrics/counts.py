@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from vhabl.errors import fail
 from vhabl.types import Codes
 
 WORD = 64  # bits of a packed word
@@ -44,12 +45,85 @@ def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     )
 
 
+GRADES = 100  # steps from 0 to the largest degree, where degrees are not whole numbers
+
+
+def pack_labels(query: np.ndarray, database: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Labels as masks whose common ones count how much two items share, and the unit of a count.
+
+    query [Q, C] and database [N, C]: how far each item belongs to each class, 0 where it does not.
+    Two items share `sum over classes of min(q, d)`: the number of common classes where labels are
+    0 and 1. A class of whole degrees up to D takes D bits, of which the first `degree` are ones.
+    Fractions, and degrees above 100, are rounded to steps of 1/100 of the largest, none of them to
+    0. Returns uint64 masks [Q, L] and [N, L], and what one common bit stands for. Raises VhablError
+    for a negative or undefined degree.
+
+    >>> q, d, unit = pack_labels(np.array([[2, 1]]), np.array([[1, 1], [3, 0], [0, 0]]))
+    >>> np.bitwise_count(q & d).sum(axis=1) * unit
+    array([2., 2., 0.])
+    """
+    both = query, database
+    top = max((float(np.max(side, initial=0)) for side in both), default=0.0)
+    for name, side in zip(("query", "database"), both, strict=True):
+        if (side.dtype.kind == "f" and not np.isfinite(side).all()) or np.min(side, initial=0) < 0:
+            fail(f"{name} labels", "a negative or undefined degree", "degrees from 0 up")
+    unit = 1.0
+    fractions = any(side.dtype.kind == "f" and (side != np.rint(side)).any() for side in both)
+    if fractions or top > GRADES:
+        unit = top / GRADES
+    # Beyond what the other side reaches, a degree makes no difference.
+    depth = np.minimum(*(np.ceil(np.max(s, axis=0, initial=0) / unit - 1e-9) for s in both))
+    if depth.max(initial=0) <= 1 and unit == 1:
+        return pack_words(query), pack_words(database), unit
+    classes = np.repeat(np.arange(query.shape[1]), depth.astype(np.int64))
+    degrees = np.concatenate([np.arange(1, d + 1) for d in depth]) if len(classes) else depth[:0]
+
+    def pack(side: np.ndarray) -> np.ndarray:
+        words = np.zeros((len(side), max(1, -(-len(classes) // WORD))), np.uint64)
+        step = max(1, (1 << 24) // max(1, len(classes)))
+        for start in range(0, len(side), step):
+            part = side[start : start + step, classes]
+            steps = np.maximum(np.rint(part / unit), part > 0)
+            packed = pack_words(steps >= degrees)
+            words[start : start + step, : packed.shape[1]] = packed
+        return words
+
+    return pack(query), pack(database), unit
+
+
+def check(codes: Codes) -> None:
+    """Raise VhablError where codes are not +-1 or widths of the two sides differ."""
+    for name in ("query", "database"):
+        for kind in ("codes", "labels"):
+            values = getattr(codes, name if kind == "codes" else f"{name}_labels")
+            if not isinstance(values, np.ndarray) or values.ndim != 2:
+                shape = getattr(values, "shape", type(values).__name__)
+                fail(f"{name} {kind}", f"shape {shape}", "an array, items x bits or classes")
+            if values.dtype.kind not in "fiub" or values.shape[1] == 0:
+                found = f"{values.shape[1]} columns of type {values.dtype}"
+                fail(f"{name} {kind}", found, "numbers, at least one column")
+        signs = getattr(codes, name)
+        step = max(1, (1 << 24) // max(1, signs.shape[1]))
+        for start in range(0, len(signs), step):
+            part = signs[start : start + step]
+            right = (part == 1) | (part == -1)
+            if not right.all():
+                fail(f"{name} codes", f"the value {part[~right][0]:g}", "-1 and +1")
+    for what, one, other in (
+        ("bits", codes.query, codes.database),
+        ("classes", codes.query_labels, codes.database_labels),
+    ):
+        if one.shape[1] != other.shape[1]:
+            fail("query and database", f"{one.shape[1]} and {other.shape[1]} {what}", "as many")
+
+
 @dataclass(frozen=True)
 class Packed:
     """Codes and labels of queries and database as 64-bit words (any of them a memory map).
 
     query [Q, W] and database [N, W] of `bits` bits; query_labels [Q, L] and database_labels [N, L]
-    are masks of classes. weights: None, or the integer weight of each bit, [K], not negative.
+    are masks of classes (`pack_labels`), of which one common bit stands for `unit` shared labels.
+    weights: None, or the integer weight of each bit, [K], not negative.
     own: None, or for each query the database position of the query itself, -1 where it is not
     there, [Q]: that item is left out. Bits beyond `bits` are zero.
     """
@@ -61,21 +135,39 @@ class Packed:
     database_labels: np.ndarray
     weights: np.ndarray | None = None
     own: np.ndarray | None = None
+    unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        """A kernel reads memory as these shapes promise. Raises VhablError where they disagree."""
+        words = -(-self.bits // WORD)
+        for name in ("query", "database"):
+            rows, labels = getattr(self, name), getattr(self, f"{name}_labels")
+            if len(rows) == 0 or self.bits < 1:
+                fail(f"{name} codes", f"{len(rows)} items of {self.bits} bits", "at least one")
+            if rows.shape != (len(rows), words):
+                fail(f"{name} codes", f"shape {rows.shape}", f"{words} words for {self.bits} bits")
+            if len(labels) != len(rows):
+                fail(f"{name} labels", f"{len(labels)} rows", f"{len(rows)}, one for each code")
+        widths = self.query_labels.shape[1:], self.database_labels.shape[1:]
+        if widths[0] != widths[1]:
+            fail("labels", f"{widths[0]} and {widths[1]} words a row", "as many")
+        w, own = self.weights, self.own
+        if w is not None and (w.shape != (self.bits,) or w.dtype.kind not in "iu" or w.min() < 0):
+            expected = f"{self.bits} integers, not negative"
+            fail("weights", f"shape {w.shape} of type {w.dtype}, or a negative one", expected)
+        items = len(self.database)
+        if own is not None and (own.shape != (len(self.query),) or own.max() >= items):
+            fail("own", f"shape {own.shape}", f"a position below {items} or -1 for each query")
 
     @classmethod
     def of(
         cls, codes: Codes, weights: np.ndarray | None = None, own: np.ndarray | None = None
     ) -> Packed:
-        """Pack +-1 codes with 0/1 labels."""
-        return cls(
-            codes.bits,
-            pack_words(codes.query),
-            pack_words(codes.database),
-            pack_words(codes.query_labels),
-            pack_words(codes.database_labels),
-            weights,
-            own,
-        )
+        """Pack +-1 codes with their labels. Raises VhablError where they are none, or disagree."""
+        check(codes)
+        q, d, unit = pack_labels(codes.query_labels, codes.database_labels)
+        signs = pack_words(codes.query), pack_words(codes.database)
+        return cls(codes.bits, *signs, q, d, weights, own, unit)
 
     @cached_property
     def distances(self) -> int:
@@ -84,9 +176,14 @@ class Packed:
 
     @cached_property
     def levels(self) -> int:
-        """Number of possible counts of shared labels, 0 included."""
+        """Number of possible counts of common label bits, 0 included."""
         masks = self.query_labels, self.database_labels
         return 1 + min(int(np.bitwise_count(m).sum(axis=1).max(initial=0)) for m in masks)
+
+    @cached_property
+    def gains(self) -> np.ndarray:
+        """Gain of an item by its common label bits: float64 [levels]."""
+        return gains(self.levels, self.unit)
 
     @cached_property
     def left_out(self) -> np.ndarray:
@@ -111,9 +208,9 @@ class Ordered:
     dcg: np.ndarray
 
 
-def gains(levels: int) -> np.ndarray:
-    """Gain of an item that shares s labels, 2^s - 1, for s = 0 ... levels - 1."""
-    return np.exp2(np.arange(levels)) - 1.0
+def gains(levels: int, unit: float) -> np.ndarray:
+    """Gain of an item that shares s labels, 2^s - 1, for s = 0, unit ... (levels - 1) unit."""
+    return np.exp2(np.arange(levels) * unit) - 1.0
 
 
 def discounts(ranks: int) -> np.ndarray:

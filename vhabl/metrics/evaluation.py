@@ -13,7 +13,7 @@ import torch
 
 from vhabl.errors import fail
 from vhabl.metrics import kernel_torch, reference
-from vhabl.metrics.counts import Packed
+from vhabl.metrics.counts import Packed, gains, pack_labels
 from vhabl.metrics.measures import HEADLINE, Measure, Tally, Ties
 from vhabl.types import Codes
 
@@ -45,6 +45,8 @@ def evaluate(
 ) -> list[Value]:
     """Every measure of these codes, in the order asked for.
 
+    Labels may have degrees (`pack_labels`): items that share a class to some degree are relevant,
+    and the gain of NDCG follows the degrees.
     weights: None for the Hamming distance, or an integer weight for each bit, [K], not negative
     (`integer_weights` makes them of real ones). own: for each query its own position in the
     database or -1, [Q]: the query itself is left out there. There are two passes over the database
@@ -77,14 +79,16 @@ def evaluate_ranking(
     if any(m.ties != "index" for m in measures):
         raise ValueError("a ranking by real numbers serves measures in index order only")
     cuts = cuts_of(measures)
-    labels = database_labels.astype(np.float32)
+    own, labels, unit = pack_labels(query_labels, database_labels)
+    most = int(np.bitwise_count(own).sum(axis=1).max(initial=0))
+    gain = gains(most + 1, unit)
     levels, sums = [], []
-    for vector, own in zip(query, query_labels, strict=True):
+    for vector, mask in zip(query, own, strict=True):
         order = np.argsort(-(database @ vector), kind="stable")
-        shared = (labels @ own.astype(np.float32)).astype(np.int64)[order]
-        levels.append(np.bincount(shared, minlength=query_labels.shape[1] + 1))
-        sums.append(reference.ranked_sums(shared, cuts))
-    tally = Tally(np.array(levels)[:, None, :], reference.to_ordered(cuts, sums))
+        shared = np.bitwise_count(labels & mask).sum(axis=1, dtype=np.int64)[order]
+        levels.append(np.bincount(shared, minlength=most + 1))
+        sums.append(reference.ranked_sums(shared, gain, cuts))
+    tally = Tally(np.array(levels)[:, None, :], reference.to_ordered(cuts, sums), unit)
     return summarise(measures, [m.of(tally) for m in measures], tally.total > 0)
 
 
@@ -98,7 +102,8 @@ def tally_of(packed: Packed, measures: Sequence[Measure], kernel: Kernel = "auto
     module = pick_kernel(kernel)
     counts = module.histogram(packed)
     cuts = cuts_of(measures)
-    return Tally(counts, module.ordered(packed, counts, cuts) if cuts else None)
+    ordered = module.ordered(packed, counts, cuts) if cuts else None
+    return Tally(counts, ordered, packed.unit)
 
 
 def pick_kernel(name: Kernel) -> ModuleType:

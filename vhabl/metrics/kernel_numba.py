@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import njit, prange, types, uint64
 from numba.extending import intrinsic
 
-from vhabl.metrics.counts import Ordered, Packed, discounts, gains, without_own
+from vhabl.metrics.counts import Ordered, Packed, discounts, without_own
 
 # With OpenMP numba would set the number of threads for torch too, in the middle of a training.
 numba.config.THREADING_LAYER = "workqueue"
@@ -198,7 +198,7 @@ def ordered(packed: Packed, counts: np.ndarray, cuts: tuple[int, ...]) -> Ordere
         np.cumsum(items, axis=1) - items,
         np.cumsum(relevant, axis=1) - relevant,
         np.array(cuts, np.int64),
-        gains(packed.levels),
+        packed.gains,
         discounts(min(max(cuts, default=0), len(packed.database))),
     )
     with _one_at_a_time:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vhabl.metrics.counts import Ordered, Packed, discounts, gains, without_own
+from vhabl.metrics.counts import Ordered, Packed, discounts, without_own
 
 PAIRS = 1 << 24  # query-item pairs held at once
 ITEMS = 1 << 14  # database items compared at once
@@ -84,7 +84,7 @@ def ordered(
     weights = _weights(packed, device)
     d = _Sides(packed, packed.database, packed.database_labels, device)
     ranks = torch.arange(1, items + 1, device=device)
-    gain = torch.from_numpy(gains(packed.levels)).to(device)
+    gain = torch.from_numpy(packed.gains).to(device)
     discount = torch.from_numpy(discounts(items)).to(device)
     sums: list[tuple[Tensor, ...]] = []
     for block in _blocks(len(packed.query), max(1, PAIRS // max(1, 8 * items))):

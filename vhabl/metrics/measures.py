@@ -30,10 +30,12 @@ class Tally:
 
     counts: [Q, D, S] database items at each distance that share 0 ... S - 1 labels with the query.
     ordered: sums over the ranking with ties by position, where a measure asks for them.
+    unit: how many labels one level of `counts` stands for (less than 1 where labels have degrees).
     """
 
     counts: np.ndarray
     ordered: Ordered | None = None
+    unit: float = 1.0
 
     @cached_property
     def items(self) -> np.ndarray:
@@ -185,7 +187,8 @@ def ndcg_at(tally: Tally, ties: Ties, cut: int) -> np.ndarray:
     >>> ndcg_at(tally, "expected", 2) * np.log2(3)
     array([1.])
     """
-    gain, discount = gains(tally.counts.shape[2]), discounts(int(tally.items[0].sum()))
+    gain = gains(tally.counts.shape[2], tally.unit)
+    discount = discounts(int(tally.items[0].sum()))
     summed = np.concatenate([[0.0], np.cumsum(discount)])  # of the first 0, 1, 2 ... ranks
     first = min(cut, len(discount))
     per_level = tally.counts.sum(axis=1)[:, ::-1]  # (Q, S), the highest gain first

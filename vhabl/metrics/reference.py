@@ -19,7 +19,7 @@ def distances(packed: Packed, query: int) -> np.ndarray:
 
 
 def shared_labels(packed: Packed, query: int) -> np.ndarray:
-    """Number of labels that one query shares with every item: int64 [N]."""
+    """Number of label bits that one query shares with every item: int64 [N]."""
     classes = packed.query_labels.shape[1] * 64
     q = unpack_words(packed.query_labels[query : query + 1], classes)
     return (unpack_words(packed.database_labels, classes) & q).sum(axis=1, dtype=np.int64)
@@ -42,7 +42,7 @@ def ordered(packed: Packed, counts: np.ndarray, cuts: tuple[int, ...]) -> Ordere
     for q in range(len(packed.query)):
         order = np.argsort(distances(packed, q), kind="stable")
         order = order[order != packed.left_out[q]]
-        sums.append(ranked_sums(shared_labels(packed, q)[order], cuts))
+        sums.append(ranked_sums(shared_labels(packed, q)[order], packed.gains, cuts))
     return to_ordered(cuts, sums)
 
 
@@ -55,13 +55,15 @@ def to_ordered(cuts: tuple[int, ...], sums: list[Sums]) -> Ordered:
     return Ordered(cuts, precision, hits.astype(np.int64), first, dcg)
 
 
-def ranked_sums(shared: np.ndarray, cuts: tuple[int, ...]) -> Sums:
-    """The four sums of `Ordered` for one query, from the shared labels in ranked order [N]."""
+def ranked_sums(shared: np.ndarray, gains: np.ndarray, cuts: tuple[int, ...]) -> Sums:
+    """The four sums of `Ordered` for one query, from its common label bits with the items in ranked
+    order, [N], and the gain of each number of them, [levels].
+    """
     relevant = shared > 0
     ranks = np.arange(1, len(shared) + 1)
     found = np.cumsum(relevant)
     at = np.where(relevant, found / ranks, 0.0)
-    gained = (np.exp2(shared) - 1.0) / np.log2(ranks + 1)
+    gained = gains[shared] / np.log2(ranks + 1)
     return (
         [float(at[:cut].sum()) for cut in cuts],
         [int(relevant[:cut].sum()) for cut in cuts],

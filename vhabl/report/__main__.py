@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     for data in data_sets:
         print(f"\n{data}")
         rows = [row for rows in records.values() for row in rows if row.data == data]
-        print_table(rows, given.measure)
+        print_table(rows, given.measure, with_published=True)
         if given.table_only:
             continue
         target = out if len(data_sets) == 1 else out / data

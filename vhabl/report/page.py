@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from vhabl import runs
-from vhabl.errors import VhablError
+from vhabl.errors import VhablError, note
 from vhabl.evaluator import Record, own_positions
 from vhabl.files import write_text
 from vhabl.report import figures
@@ -64,7 +64,7 @@ def write(
         inspected = inspect([run.folder for run in first], overrides)
     except VhablError as error:
         reason = str(error).splitlines()[0]
-        print(f"note: no codes and no retrieved items in the report: {reason}", file=sys.stderr)
+        note(f"no codes and no retrieved items in the report: {reason}")
         inspected = Inspected([], [])
     drawn = [*figures.from_records(rows), *inspected.figures]
     histories = {run.method.title: runs.read_history(run.folder) for run in first}

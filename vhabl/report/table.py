@@ -299,7 +299,12 @@ def differences(entry: Published, data: str, queries: int) -> list[str]:
     return found
 
 
-def print_table(rows: Sequence[Record], measure: str = "mAP@all", ties: str = "expected") -> None:
-    table = Table(rows, measure, ties)
+def print_table(
+    rows: Sequence[Record],
+    measure: str = "mAP@all",
+    ties: str = "expected",
+    with_published: bool = False,
+) -> None:
+    table = Table(rows, measure, ties, with_published)
     print(table.caption)
     print(table.markdown())
