@@ -10,6 +10,7 @@ from helpers import SMALL, small_config
 from vhabl import ablation
 from vhabl.ablation import Row, table, variants
 from vhabl.config import CONFIG_DIR
+from vhabl.errors import VhablError
 
 
 def test_every_part_is_switched_off_once(feature_file: Path) -> None:
@@ -61,3 +62,17 @@ def test_the_command_trains_each_variant_once(
     monkeypatch.setattr(ablation, "measure", None)  # nothing is trained again
     assert ablation.main(arguments) == 0
     assert capsys.readouterr().out == out
+
+
+def test_only_the_parts_asked_for_are_switched_off(
+    feature_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", str(CONFIG_DIR / "vh_abl.yaml"), "data=wiki",
+                 f"data.path={feature_file}", "data.class_names=[]", "bits=[8]", "epochs=1",
+                 "batch_size=16", "device=cpu", "out=out", *SMALL["vh_abl"],
+                 "--seeds", "0"]  # fmt: skip
+    assert ablation.main([*arguments, "--only", "without centre", "target"]) == 0
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "0." in line]
+    assert rows == ["| whole", "| without centre", '| model.target="sigmoid"']
+    with pytest.raises(VhablError, match="argument --only: found rubbish; expected a part of one"):
+        ablation.main([*arguments, "--only", "rubbish"])

@@ -16,7 +16,9 @@ from vhabl.baselines import Features, classifier_codes, itq, lsh
 from vhabl.config import CONFIG_DIR, load
 from vhabl.data import load as load_data
 from vhabl.errors import VhablError
+from vhabl.evaluator import code_tasks
 from vhabl.methods.vh_abl import VHABL
+from vhabl.trainer import Trainer
 from vhabl.types import Codes, Dataset, Inputs, Split
 
 PUBLISHED = SHARED / "flickrhashcode"
@@ -63,6 +65,34 @@ def test_predicted_labels_are_plausible(emoji: Dataset) -> None:
     hashed = np.where(emoji.query.labels @ random.normal(size=(48, 32)) > 0, 1, -1)
     noise = random.random(hashed.shape) < 0.1
     assert bit_errors(np.where(noise, -hashed, hashed), emoji.query.labels).implausible
+
+
+@pytest.mark.parametrize("bits", [16, 128, 256])
+@pytest.mark.parametrize("flipped", [0, 0.05, 0.1])
+def test_projected_label_sets_are_implausible(emoji: Dataset, bits: int, flipped: float) -> None:
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        for labels in (emoji.query.labels, emoji.database.labels):
+            prescribed = np.where(labels @ random.normal(size=(48, bits)) > 0, 1, -1)
+            noise = random.random(prescribed.shape) < flipped
+            assert bit_errors(np.where(noise, -prescribed, prescribed), labels).implausible
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_codes_of_a_model_that_has_learned_little_are_plausible(
+    emoji: Dataset, epochs: int
+) -> None:
+    config = load(
+        CONFIG_DIR / "nested_mlp.yaml",
+        ["data=emoji", f"epochs={epochs}", "validation.fraction=0", "device=cpu", "codes=none",
+         "out=run"],
+    )  # fmt: skip
+    method = Trainer(config, emoji, progress_bar=False).run()
+    found = {}
+    for bits, tasks in code_tasks(method, emoji, [16, 128]).items():
+        found[bits] = bit_errors(tasks["fused"].query, emoji.query.labels)
+        assert not found[bits].implausible, found
+    assert found[16].agreement > 0.5  # it is the errors that speak for them
 
 
 @pytest.mark.slow

@@ -118,6 +118,27 @@ def test_real_valued_codes_are_ranked_by_cosine(model: tuple[VHABL, Dataset]) ->
     assert rows[0].value == pytest.approx(np.mean(precisions), abs=1e-6)
 
 
+def test_real_valued_codes_leave_out_the_query_itself(
+    model: tuple[VHABL, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On features, which have no ties: a network without training gives many items one code."""
+    monkeypatch.setattr(
+        "vhabl.evaluator.relaxed_codes", lambda _, split: {"fused": split.image.astype(float)}
+    )
+    method, data = model
+    inside = replace(data, query=data.database.take(np.arange(6)))
+    rows = real_valued_records(method, inside, [12], 0)
+    kept = real_valued_records(method, inside, [12], 0, keep_own=True)
+    assert (rows[0].own_items, kept[0].own_items) == ("left_out", "kept")
+    assert real_valued_records(method, data, [12], 0)[0].own_items == "none"
+    alone = []
+    for i in range(6):  # each query against the database without it
+        rest = data.database.take(np.flatnonzero(np.arange(len(data.database)) != i))
+        single = replace(inside, query=data.database.take(np.array([i])), database=rest)
+        alone.append(real_valued_records(method, single, [12], 0)[0].value)
+    assert rows[0].value == pytest.approx(np.mean(alone)) and kept[0].value > rows[0].value
+
+
 def test_permutation_test_by_enumeration() -> None:
     """Three differences 1, 2, 3: of 8 swaps two have a sum as large as 6."""
     a, b = np.array([2.0, 3, 4]), np.ones(3)

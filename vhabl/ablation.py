@@ -131,6 +131,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--validation", action="store_true", help="score on validation queries")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="variants with one of these texts in their name"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_intermixed_args(arguments)
     config = load(given.config, given.overrides)
@@ -138,7 +141,15 @@ def main(arguments: list[str]) -> int:
     folder = Path(config.out) if config.out else config.run_folder.parent
     folder = folder / ("ablation-validation" if given.validation else "ablation")
     rows: list[Row] = []
-    jobs = [(n, o, s) for n, o in variants(config).items() for s in given.seeds]
+    chosen = {
+        name: changes
+        for name, changes in variants(config).items()
+        if name == WHOLE or not given.only or any(text in name for text in given.only)
+    }
+    if given.only and len(chosen) == 1:
+        known = ", ".join(variants(config))
+        errors.fail("argument --only", " ".join(given.only), f"a part of one of: {known}")
+    jobs = [(n, o, s) for n, o in chosen.items() for s in given.seeds]
     for name, changes, seed in tqdm(jobs, desc="ablation", unit="run"):
         run = [f"seed={seed}", f"out={folder / 'state'}", "codes=none"]
         own = override(config, [*changes, *run, f"save_every={config.epochs + 1}"])

@@ -123,7 +123,7 @@ def evaluate_runs(
     for run, data, found in runs.encoded(runs.find(folder), bits, overrides):
         rows += records(run.method.title, data, found, run.config.seed, measures, keep_own)
         if measures != "headline":
-            rows += real_valued_records(run.method, data, list(found), run.config.seed)
+            rows += real_valued_records(run.method, data, list(found), run.config.seed, keep_own)
     return rows
 
 

@@ -132,22 +132,27 @@ def records(
                     found.query_labels,
                     found.database_labels[items],
                 )
-                inside = own[database]
-                kind = "none" if inside is None else "kept" if keep_own else "left_out"
+                kind, left_out = _own_items(own[database], keep_own)
                 template = Record(
                     title, data.name, task, bits, "", 0.0, seed, "", False, 0, 0, database, kind
                 )
-                rows += measure(part, template, measures, None if keep_own else inside)
+                rows += measure(part, template, measures, left_out)
     return rows
 
 
 def real_valued_records(
-    method: HashingMethod, data: Dataset, lengths: Sequence[int], seed: int
+    method: HashingMethod,
+    data: Dataset,
+    lengths: Sequence[int],
+    seed: int,
+    keep_own: bool = False,
 ) -> list[Record]:
     """mAP@all by the cosine of a method's relaxed codes, before the sign: what binarising costs.
 
-    It sorts query by query, and the database is whole.
+    It sorts query by query, and the database is whole. keep_own: as in `records`.
     """
+    own = own_positions(data.query.ids, data.database.ids)
+    kind, left_out = _own_items(own, keep_own)
     rows: list[Record] = []
     index = tuple(m for m in MEASURES if m.name == "mAP@all" and m.ties == "index")
     query, database = (relaxed_codes(method, split) for split in (data.query, data.database))
@@ -156,9 +161,16 @@ def real_valued_records(
         cut = [{view: _unit(h[:, :bits]) for view, h in side.items()} for side in (query, database)]
         for task, found in to_tasks(cut[0], cut[1], data).items():
             (value,) = evaluate_ranking(
-                found.query, found.database, found.query_labels, found.database_labels, index
+                found.query,
+                found.database,
+                found.query_labels,
+                found.database_labels,
+                index,
+                left_out,
             )
-            template = Record(title, data.name, task, bits, "", 0.0, seed, "", False, 0, 0, "all")
+            template = Record(
+                title, data.name, task, bits, "", 0.0, seed, "", False, 0, 0, "all", kind
+            )
             real = replace(value, ties="real")
             rows.append(_record(template, real, value.measure, value.value))
     return rows
@@ -178,6 +190,13 @@ def relaxed_codes(method: HashingMethod, split: Split) -> dict[str, np.ndarray]:
         for view, h in method.embed(batch.inputs).items():
             parts.setdefault(view, []).append(h.cpu())
     return {view: torch.cat(chunks).numpy() for view, chunks in parts.items()}
+
+
+def _own_items(own: np.ndarray | None, keep: bool) -> tuple[str, np.ndarray | None]:
+    """What records say of queries that are in the database themselves, and what is left out."""
+    if own is None:
+        return "none", None
+    return ("kept", None) if keep else ("left_out", own)
 
 
 def own_positions(queries: np.ndarray, database: np.ndarray) -> np.ndarray | None:
