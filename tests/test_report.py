@@ -51,6 +51,8 @@ def texts(table: Table, method: str) -> list[str]:
 
 def test_a_table_has_means_and_deviations_over_seeds() -> None:
     table = Table(ROWS)
+    others = [record("B", 16, 0.1, ties="index"), record("B", 16, 0.2, measure="NDCG@100")]
+    assert Table([*ROWS, *others]).markdown() == table.markdown()
     header = ["method", "task", "database", "seeds", "16 bits", "32 bits", "own length"]
     assert table.header == header
     assert texts(table, "A_1")[:6] == [
@@ -69,7 +71,7 @@ def test_a_length_of_its_own_makes_no_column() -> None:
 def test_the_best_code_and_those_below_the_classifier_are_marked() -> None:
     rows = [
         *ROWS,
-        record("B (real-valued)", 16, 0.9),
+        record("B (real-valued)", 16, 0.61),
         record("Cheat", 16, 0.99, oracle_labels=True),
     ]
     table = Table(rows)
@@ -79,7 +81,7 @@ def test_the_best_code_and_those_below_the_classifier_are_marked() -> None:
     }
     assert marks["A_1"] == [(False, True), (True, False)]
     assert marks["B"] == [(True, True), (False, False)]  # 0.62 is level with the classifier
-    assert marks["B (real-valued)"][0] == (False, False)
+    assert marks["B (real-valued)"][0] == (False, True)  # level with the best code, but no code
     assert marks["Cheat"][0] == (False, False)
     assert table.footnotes()[-1].startswith("† below the labels that a linear classifier predicts")
     assert texts(table, "Cheat")[0] == "Cheat (oracle labels)"
@@ -90,6 +92,7 @@ def test_marks_stay_within_a_task_and_a_database() -> None:
     table = Table([*ROWS, *other])
     best = [(r.method, r.database) for r in table.rows if table.cells(r)[5].best]
     assert best == [("A_1", "all"), ("A_1", "without_train")]
+    assert not [r for r in table.rows if r.database != "all" and table.cells(r)[5].below]
     below = [(r.method, r.database) for r in table.rows if table.cells(r)[4].below]
     assert below == [("A_1", "all"), ("B", "all"), ("A_1", "without_train"), ("B", "without_train")]
 
@@ -117,6 +120,7 @@ def test_the_four_forms_agree() -> None:
     assert "| A_1" in table.markdown() and "0.6100†" in table.markdown()
     values = json.loads(table.json())
     assert [(v["method"], v["bits"], v["mean"]) for v in values][2] == ("B", 16, 0.61)
+    assert values[0]["mean"] == pytest.approx(0.6)  # over both seeds
     assert values[0]["deviation"] == pytest.approx(2**0.5 / 10) and values[2]["deviation"] is None
     read = list(csv.DictReader(io.StringIO(table.csv())))
     assert [float(r["mean"]) for r in read] == [v["mean"] for v in values]
@@ -193,8 +197,8 @@ def test_every_published_entry_is_complete() -> None:
 
 def measured(seed: int = 0, title: str = "VH-ABL") -> list[Record]:
     rng = np.random.default_rng(seed)
-    signs = [(rng.integers(0, 2, (n, 16)) * 2 - 1).astype(np.int8) for n in (9, 40)]
-    labels = [np.eye(3, dtype=np.uint8)[rng.integers(3, size=n)] for n in (9, 40)]
+    signs = [(rng.integers(0, 2, (n, 16)) * 2 - 1).astype(np.int8) for n in (9, 150)]
+    labels = [np.eye(3, dtype=np.uint8)[rng.integers(3, size=n)] for n in (9, 150)]
     rows = measure(Codes(*signs, *labels), record(title, 16, 0.0, seed, ties=""), "curves")
     return [replace(r, bits=16) for r in rows]
 
@@ -211,7 +215,7 @@ def test_curves_are_means_of_the_records_over_seeds() -> None:
     found = {f.name: f for f in figures.from_records(rows)}
     assert set(found) == {"map_over_bits", "precision_recall", "precision_at_n"}
     line = found["precision_at_n"].panels[0].lines["VH-ABL"]
-    assert list(line.x) == [1, 5, 10, 20, 50]  # 50 ranks hold all 40 items: nothing is beyond
+    assert list(line.x) == [1, 5, 10, 20, 50, 100, 200]  # all 150 items: nothing is beyond
     assert line.y == [pytest.approx(mean(f"precision@{n}")) for n in line.x]
     curve = found["precision_recall"].panels[0].lines["VH-ABL"]
     radii = [r for r in range(17) if mean(f"empty balls at radius {r}") < 1]
