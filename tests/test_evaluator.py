@@ -107,7 +107,7 @@ def test_real_valued_codes_are_ranked_by_cosine(model: tuple[VHABL, Dataset]) ->
     assert [(r.method, r.bits, r.ties, r.seed) for r in rows] == [
         ("VH-ABL (real-valued)", 4, "real", 7), ("VH-ABL (real-valued)", 16, "real", 7),
     ]  # fmt: skip
-    sides = [relaxed_codes(method, s)["fused"][:, :4] for s in (data.query, data.database)]
+    sides = [relaxed_codes(method, s, [4])[4]["fused"] for s in (data.query, data.database)]
     query, database = (h / np.linalg.norm(h, axis=1, keepdims=True) for h in sides)
     precisions = []
     for q, labels in zip(query, data.query.labels, strict=True):
@@ -123,7 +123,7 @@ def test_real_valued_codes_leave_out_the_query_itself(
 ) -> None:
     """On features, which have no ties: a network without training gives many items one code."""
     monkeypatch.setattr(
-        "vhabl.evaluator.relaxed_codes", lambda _, split: {"fused": split.image.astype(float)}
+        "vhabl.evaluator.relaxed_codes", lambda _, split, __: {12: {"fused": split.image * 1.0}}
     )
     method, data = model
     inside = replace(data, query=data.database.take(np.arange(6)))

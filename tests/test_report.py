@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -380,3 +381,13 @@ def test_a_damaged_run_stops_the_report(tmp_path: Path) -> None:
     with pytest.raises(VhablError, match=r"weights\.safetensors: found a damaged"):
         page.write(tmp_path / "report", ROWS, [folder], [])
     assert not (tmp_path / "report").exists()
+
+
+def test_the_run_that_is_looked_at_has_the_lowest_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_run(folder: Path) -> SimpleNamespace:
+        method, seed = folder.parts
+        return SimpleNamespace(config=SimpleNamespace(method=method, seed=int(seed)), folder=folder)
+
+    monkeypatch.setattr("vhabl.runs.load", load_run)
+    folders = [Path("a/10"), Path("a/2"), Path("b/7")]
+    assert [run.folder for run in page.first_runs(folders)] == [Path("a/2"), Path("b/7")]

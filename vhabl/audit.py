@@ -105,7 +105,8 @@ def encode_views(
     method: HashingMethod, split: Split
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Codes and relaxed codes of each view, as an evaluation makes them: [N, K]."""
-    return encode(method, split, [method.bits])[method.bits], relaxed_codes(method, split)
+    bits = method.bits
+    return encode(method, split, [bits])[bits], relaxed_codes(method, split, [bits])[bits]
 
 
 def _compare(

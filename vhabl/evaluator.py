@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -21,7 +21,7 @@ from vhabl.metrics import (
     evaluate,
     evaluate_ranking,
 )
-from vhabl.types import Batch, Codes, Dataset, Split
+from vhabl.types import Batch, Codes, Dataset, Inputs, Split
 
 CLASSIFIER = "linear classifier"  # titles by which a table knows the reference rows
 REAL_VALUED = " (real-valued)"
@@ -59,17 +59,36 @@ def batches_in_order(split: Split, device: torch.device) -> Iterator[Batch]:
         yield Batch(inputs.take(rows).to(device), labels[rows].float().to(device), index.to(device))
 
 
-@torch.no_grad()
 def encode(
     method: HashingMethod, split: Split, lengths: Sequence[int]
 ) -> dict[int, dict[str, np.ndarray]]:
     """Codes of all items at each length: {bits: {view: int8 [N, bits]}}. No label is passed on."""
+    return _of_all(method, split, lambda x: method.encode_lengths(x, lengths), torch.int8)
+
+
+def relaxed_codes(
+    method: HashingMethod, split: Split, lengths: Sequence[int]
+) -> dict[int, dict[str, np.ndarray]]:
+    """Relaxed codes of all items at each length: {bits: {view: float32 [N, bits]}}."""
+    return _of_all(method, split, lambda x: method.relax_lengths(x, lengths), torch.float32)
+
+
+@torch.no_grad()
+def _of_all(
+    method: HashingMethod,
+    split: Split,
+    run: Callable[[Inputs], dict[int, dict[str, Tensor]]],
+    dtype: torch.dtype,
+) -> dict[int, dict[str, np.ndarray]]:
+    """What `run` gives for every batch of a split, joined."""
+    method.eval()
     device = next(method.parameters()).device
-    parts: dict[int, dict[str, list[Tensor]]] = {bits: {} for bits in lengths}
+    parts: dict[int, dict[str, list[Tensor]]] = {}
     for batch in batches_in_order(split, device):
-        for bits, views in method.encode_lengths(batch.inputs, lengths).items():
-            for view, codes in views.items():
-                parts[bits].setdefault(view, []).append(codes.to(torch.int8).cpu())
+        for bits, views in run(batch.inputs).items():
+            for view, rows in views.items():
+                chunks = parts.setdefault(bits, {}).setdefault(view, [])
+                chunks.append(rows.to(dtype).cpu())
     return {
         bits: {view: torch.cat(chunks).numpy() for view, chunks in views.items()}
         for bits, views in parts.items()
@@ -93,7 +112,6 @@ def code_tasks(
     method: HashingMethod, data: Dataset, lengths: Sequence[int]
 ) -> dict[int, dict[str, Codes]]:
     """Codes of queries and database for every length and task."""
-    method.eval()
     query = encode(method, data.query, lengths)
     database = encode(method, data.database, lengths)
     return {bits: to_tasks(query[bits], database[bits], data) for bits in lengths}
@@ -155,11 +173,13 @@ def real_valued_records(
     kind, left_out = _own_items(own, keep_own)
     rows: list[Record] = []
     index = tuple(m for m in MEASURES if m.name == "mAP@all" and m.ties == "index")
-    query, database = (relaxed_codes(method, split) for split in (data.query, data.database))
+    query, database = (
+        relaxed_codes(method, split, lengths) for split in (data.query, data.database)
+    )
     title = method.title + REAL_VALUED
     for bits in lengths:
-        cut = [{view: _unit(h[:, :bits]) for view, h in side.items()} for side in (query, database)]
-        for task, found in to_tasks(cut[0], cut[1], data).items():
+        q, db = ({view: _unit(h) for view, h in side[bits].items()} for side in (query, database))
+        for task, found in to_tasks(q, db, data).items():
             (value,) = evaluate_ranking(
                 found.query,
                 found.database,
@@ -178,18 +198,6 @@ def real_valued_records(
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-@torch.no_grad()
-def relaxed_codes(method: HashingMethod, split: Split) -> dict[str, np.ndarray]:
-    """Relaxed codes of all items: {view: float32 [N, K]}."""
-    method.eval()
-    device = next(method.parameters()).device
-    parts: dict[str, list[Tensor]] = {}
-    for batch in batches_in_order(split, device):
-        for view, h in method.embed(batch.inputs).items():
-            parts.setdefault(view, []).append(h.cpu())
-    return {view: torch.cat(chunks).numpy() for view, chunks in parts.items()}
 
 
 def _own_items(own: np.ndarray | None, keep: bool) -> tuple[str, np.ndarray | None]:

@@ -120,6 +120,7 @@ class Trainer:
         inputs = self.train.inputs()
         method.scaling.fit(inputs, config.data.scale)
         self.method = method.to(self.device)
+        self.method.prepare(batches_in_order(self.train, self.device))
         # Features are small against a device's memory: they stay there for the whole phase.
         self.inputs = inputs.to(self.device)
         self.labels = torch.from_numpy(self.train.labels).float().to(self.device)
@@ -223,6 +224,7 @@ class Trainer:
             "fingerprint": self.data.fingerprint,
             "progress": vars(self.progress),
             "method": self.method.state_dict(),
+            "memory": self._memory(),
             "mean": None if self.mean is None else self.mean.model.state_dict(),
             "mean_updates": 0 if self.mean is None else self.mean.updates,
             "optimizer": self.optimizer.state_dict(),
@@ -254,8 +256,15 @@ class Trainer:
             fail(self.state_path, "a state of other data", f"the data in {self.config.data.path}")
         return state
 
+    def _memory(self) -> dict[str, torch.Tensor]:
+        """Buffers that only training needs: they are in no checkpoint of a finished run."""
+        kept = self.method.state_dict()
+        return {name: b for name, b in self.method.named_buffers() if name not in kept}
+
     def _restore(self, state: dict[str, Any]) -> None:
         self.method.load_state_dict(state["method"])
+        for name, buffer in self._memory().items():
+            buffer.copy_(state["memory"][name])
         if self.mean is not None:
             self.mean.model.load_state_dict(state["mean"])
             self.mean.updates = state["mean_updates"]

@@ -25,13 +25,15 @@ class HashingMethod(nn.Module, ABC):
 
     title: ClassVar[str]  # as tables and code files write it
     task: ClassVar[Literal["fused", "cross"]]
+    any_length: ClassVar[bool] = True  # up to K by a prefix, or only the lengths of training
     Settings: ClassVar[type]  # frozen dataclass of the method's own keys, `model.*`
 
     def __init__(self, spec: DataSpec, bits: list[int], settings: Any) -> None:
         """spec: widths and counts of the data; bits: the lengths asked for, the longest is K."""
         super().__init__()
         self.spec = spec
-        self.bits = max(bits)
+        self.lengths = sorted(set(bits))
+        self.bits = self.lengths[-1]
         self.settings = settings
 
     @classmethod
@@ -47,7 +49,17 @@ class HashingMethod(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Relaxed codes [B, K] of each view: `fused`, or `image` and `text`."""
+        """Real-valued embeddings [B, d] of each view: `fused`, or `image` and `text`. Where the
+        method serves any length they are its relaxed codes, [B, K].
+        """
+
+    def relax_lengths(self, inputs: Inputs, lengths: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """Relaxed codes of several lengths: {bits: {view: [B, bits]}}.
+
+        The default serves prefixes of one relaxed code.
+        """
+        full = self.embed(inputs)
+        return {bits: {view: h[:, :bits] for view, h in full.items()} for bits in lengths}
 
     def encode(self, inputs: Inputs, bits: int) -> dict[str, Tensor]:
         """+-1 codes [B, bits] of each view. Raises VhablError for a length that is not served."""
@@ -56,19 +68,23 @@ class HashingMethod(nn.Module, ABC):
     def encode_lengths(
         self, inputs: Inputs, lengths: Sequence[int]
     ) -> dict[int, dict[str, Tensor]]:
-        """Codes of several lengths at once, each as `encode` gives it: {bits: {view: [B, bits]}}.
-
-        The default serves prefixes of one relaxed code.
-        """
+        """+-1 codes of several lengths at once: {bits: {view: [B, bits]}}."""
         for bits in lengths:
             self.check_length(bits)
-        full = {view: binarise(h) for view, h in self.embed(inputs).items()}
-        return {bits: {view: h[:, :bits] for view, h in full.items()} for bits in lengths}
+        return {
+            bits: {view: binarise(h) for view, h in views.items()}
+            for bits, views in self.relax_lengths(inputs, lengths).items()
+        }
 
     def check_length(self, bits: int) -> None:
-        """Raise VhablError where the model cannot serve this code length. Default: any up to K."""
-        if not 1 <= bits <= self.bits:
+        """Raise VhablError where the model cannot serve this code length."""
+        if self.any_length and not 1 <= bits <= self.bits:
             fail("key bits", str(bits), f"a code length from 1 to {self.bits}, which the model has")
+        if not self.any_length and bits not in self.lengths:
+            known = ", ".join(map(str, self.lengths))
+            fail(
+                "key bits", str(bits), f"one of the lengths that the model was trained for: {known}"
+            )
 
     def bit_importance(self) -> Tensor | None:
         """What each bit of a code weighs, [K], where the method ranks bits. Default: nothing."""
@@ -77,6 +93,9 @@ class HashingMethod(nn.Module, ABC):
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser; `lr_scale` multiplies the recipe's rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Called once before training with the training items in order. Default: nothing."""
 
     def after_epoch(self) -> None:
         """Called after every training epoch. The default does nothing."""
