@@ -478,6 +478,8 @@ def test_graded_labels_by_hand() -> None:
     assert shared[2] == 0
     ones = pack_labels((q > 0).astype(np.uint8), 3 * (d > 0).astype(np.int64))
     assert ones[2] == 1 and np.array_equal(ones[0], pack_words(q > 0))
+    large = pack_labels(np.array([[1000, 1]]), np.array([[500, 1]]))
+    assert large[2] == 10 and np.bitwise_count(large[0] & large[1]).sum() == 50 + 1
     many = pack_labels(np.full((1, 40), 3), np.full((2, 40), 5))
     assert many[0].shape == (1, 2) and np.bitwise_count(many[0] & many[1]).sum() == 2 * 120
 

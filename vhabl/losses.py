@@ -140,9 +140,9 @@ def multi_similarity(
         # Cosines are at most 1, so that no exponent comes near either end of float32.
         pull = (torch.exp(-scale_positive * (s - threshold)) * positive).sum(dim=1)
         push = (torch.exp(scale_negative * (s - threshold)) * negative).sum(dim=1)
-        both = (pull > 0) & (push > 0)
+        # Mining leaves an anchor both kinds of pairs or none, which adds 0.
         terms = torch.log1p(pull) / scale_positive + torch.log1p(push) / scale_negative
-        total = total + (terms * both).sum()
+        total = total + terms.sum()
     return total / len(h)
 
 
@@ -192,3 +192,22 @@ def decorrelation(h: Tensor) -> Tensor:
     off_diagonal = correlation.pow(2).sum() - correlation.diagonal().pow(2).sum()
     balance = h.mean(dim=0).pow(2).mean()
     return off_diagonal / max(1, bits * (bits - 1)) + balance
+
+
+def likelihood(memory: Tensor, h: Tensor, similar: Tensor) -> Tensor:
+    """Negative log-likelihood of similarity, averaged over all pairs (Jiang & Li, CVPR 2017).
+
+    memory [N, K]: codes of all training items; h [B, K]; similar [N, B] of 0 and 1. With
+    s = clamp(a . h, -64, 64) / 2 the mean of `log(1 + e^s) - S s`; softplus keeps it finite.
+    """
+    s = (memory @ h.T).clamp(-64, 64) / 2  # (N, B)
+    return (F.softplus(s) - similar * s).mean()
+
+
+def info_nce(x: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE of paired rows [B, d] on cosines (van den Oord et al. 2018; as in CLIP the
+    mean of both directions): the row of the same number is a row's partner, the others are not.
+    """
+    logits = F.normalize(x, dim=1) @ F.normalize(y, dim=1).T / temperature  # (B, B)
+    own = torch.arange(len(x), device=x.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
