@@ -176,6 +176,24 @@ def loop_decorrelation(h: Rows) -> float:
     return mean(products) + mean([mean([row[k] for row in h]) ** 2 for k in bits])
 
 
+def loop_likelihood(memory: Rows, h: Rows, y: Rows) -> float:
+    values = []
+    for row, own in zip(memory, y, strict=True):
+        for code, label in zip(h, y, strict=True):
+            s = max(-64.0, min(64.0, dot(row, code))) / 2
+            values.append(math.log(1 + math.exp(s)) - (s if dot(own, label) > 0 else 0.0))
+    return mean(values)
+
+
+def loop_info_nce(x: Rows, y: Rows, temperature: float) -> float:
+    values = []
+    for one, other in ((x, y), (y, x)):
+        for i, row in enumerate(one):
+            weights = [math.exp(cosine(row, column) / temperature) for column in other]
+            values.append(-math.log(weights[i] / sum(weights)))
+    return mean(values)
+
+
 def log_attentions(case: Case) -> list[Tensor]:
     """Of two views that differ, to the classes."""
     return [torch.log_softmax(view @ case.weight.T, dim=1) for view in (case.h, case.w)]
@@ -199,6 +217,8 @@ LOSSES: dict[str, Callable[[Case], Tensor]] = {
     "centre_bce": lambda c: losses.centre_bce(c.h, c.centres, c.y),
     "centre_separation": lambda c: losses.centre_separation(c.centres),
     "decorrelation": lambda c: losses.decorrelation(c.h),
+    "likelihood": lambda c: losses.likelihood(4 * c.w, c.h, (c.y @ c.y.T > 0).to(c.y)),
+    "info_nce": lambda c: losses.info_nce(c.h, c.w, 0.3),
 }
 OF_A_BATCH = sorted(LOSSES.keys() - {"centre_separation"})
 
@@ -223,6 +243,8 @@ def loop(name: str, case: Case) -> float:
         "centre_bce": lambda: loop_centre_bce(h, centres, y),
         "centre_separation": lambda: loop_centre_separation(centres),
         "decorrelation": lambda: loop_decorrelation(h),
+        "likelihood": lambda: loop_likelihood((4 * case.w).tolist(), h, y),
+        "info_nce": lambda: loop_info_nce(h, case.w.tolist(), 0.3),
     }[name]()
 
 
@@ -499,3 +521,20 @@ def test_gradient_equals_finite_differences(name: str) -> None:
         return LOSSES[name](replace(case, **dict(zip(leaves, tensors, strict=True))))
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+def test_the_likelihood_stops_at_64() -> None:
+    """Beyond it codes agree well enough: there is no gradient."""
+    h = torch.tensor([[10.0, 0.0]], requires_grad=True)
+    memory, similar = torch.tensor([[7.0, 0.0]]), torch.zeros(1, 1)
+    value = losses.likelihood(memory, h, similar)
+    assert value.item() == pytest.approx(32)  # log(1 + e^32)
+    (gradient,) = torch.autograd.grad(value, h)
+    assert (gradient == 0).all()
+
+
+def test_info_nce_by_hand() -> None:
+    x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    same, wrong = losses.info_nce(x, 3 * x, 0.5), losses.info_nce(x, x.flip(0), 0.5)
+    assert same.item() == pytest.approx(math.log(1 + math.exp(-2)))
+    assert wrong.item() == pytest.approx(math.log(1 + math.exp(2)))

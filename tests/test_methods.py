@@ -15,12 +15,13 @@ from vhabl.data import load as load_data
 from vhabl.errors import VhablError
 from vhabl.evaluator import batches_in_order
 from vhabl.layers import Dropout, FusedHashNet, FusedNetSettings, PrototypeAttention
-from vhabl.losses import TARGETS, classification, similarity, weighted_similarity
+from vhabl.losses import TARGETS, classification, info_nce, similarity, weighted_similarity
 from vhabl.methods.base import mean_terms
+from vhabl.methods.cmcl import CMCL
 from vhabl.methods.hiamh import HIAMH
 from vhabl.methods.vh_abl import VHABL
 from vhabl.trainer import Trainer
-from vhabl.types import DataSpec, Inputs
+from vhabl.types import Batch, DataSpec, Inputs
 
 CPU = torch.device("cpu")
 
@@ -369,3 +370,85 @@ def test_the_image_enters_the_joint_branch_with_its_weight() -> None:
     net.members[0].joint.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     net(inputs)
     assert torch.equal(seen[0], torch.cat([0.25 * inputs.image, inputs.text], dim=1))
+
+
+# -- CMCL ------------------------------------------------------------------------------------------
+
+
+def cmcl(feature_file: Path, *overrides: str) -> tuple[CMCL, Batch, list[Batch]]:
+    """A small CMCL that has begun training, a batch of seven items, and all items."""
+    config = small_config(feature_file, "cmcl", *overrides)
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    method = CMCL(data.spec, config.bits, config.model)
+    everything = list(batches_in_order(data.train, torch.device("cpu")))
+    method.prepare(everything)
+    rows = torch.tensor([3, 50, 11, 7, 29, 30, 31])
+    whole = everything[0]
+    return method.eval(), Batch(whole.inputs.take(rows), whole.labels[rows], rows), everything
+
+
+def test_the_memory_of_cmcl_holds_the_latest_codes_and_their_common_signs(
+    feature_file: Path,
+) -> None:
+    method, batch, everything = cmcl(feature_file)
+    begun = {name: b.clone() for name, b in method.named_buffers()}
+    assert torch.equal(method.labels, everything[0].labels)
+    with torch.no_grad():
+        method.loss(batch)
+        codes = method.relax_lengths(batch.inputs, [8])[8]
+    for view in ("image", "text"):
+        now = method.get_buffer(f"{view}_8")
+        assert torch.allclose(now[batch.index], codes[view])
+        others = torch.ones(60, dtype=torch.bool)
+        others[batch.index] = False
+        assert torch.equal(now[others], begun[f"{view}_8"][others])
+    assert torch.equal(method.signs_8, begun["signs_8"])  # renewed after an epoch, not before
+    method.after_epoch()
+    assert torch.equal(method.signs_8, torch.where(method.image_8 + method.text_8 >= 0, 1.0, -1.0))
+    assert not torch.equal(method.signs_8, begun["signs_8"])
+    stored = method.state_dict()
+    assert not [name for name in stored if "_8" in name or "labels" in name]
+
+
+def test_the_loss_of_cmcl_by_its_formulas(feature_file: Path) -> None:
+    """Every term from the paper's formulas, over the lengths 8 and 16 and the auxiliary 24."""
+    method, batch, _ = cmcl(feature_file)
+    w = method.settings.weights
+    found = {name: float(value) for name, value in method.loss(batch).items()}
+    codes = method.relax_lengths(batch.inputs, [8, 16, 24])
+    similar = (method.labels @ batch.labels.T > 0).float()
+    expected = dict.fromkeys(("inter", "intra", "quantisation", "reconstruction"), 0.0)
+    for k, factor in ((8, 1), (16, 1), (24, w.auxiliary)):
+        for view, other in (("image", "text"), ("text", "image")):
+            h = codes[k][view]
+            for name, memory, weight in (("inter", other, w.inter), ("intra", view, w.intra)):
+                s = method.get_buffer(f"{memory}_{k}") @ h.T / 2
+                value = -(similar * s - torch.log(1 + torch.exp(s))).mean()
+                expected[name] += factor * weight * float(value)
+            signs = method.get_buffer(f"signs_{k}")[batch.index]
+            squared = ((h - signs) ** 2).sum(dim=1).mean() / k
+            expected["quantisation"] += factor * w.quantisation * float(squared)
+            if k != 24:
+                target = method.signs_24[batch.index]
+                error = ((method.decode[str(k)](h) - target) ** 2).mean()
+                expected["reconstruction"] += w.auxiliary * w.reconstruction * float(error)
+    features = method.embed(batch.inputs)
+    expected["contrast"] = w.contrast * float(
+        info_nce(features["image"], features["text"], method.settings.temperature)
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_cmcl_encodes_one_modality_without_the_other(feature_file: Path) -> None:
+    method, batch, _ = cmcl(feature_file)
+    both = method.encode(batch.inputs, 16)
+    alone = method.encode(Inputs(None, batch.inputs.text), 16)
+    assert set(alone) == {"text"} and torch.equal(alone["text"], both["text"])
+    assert not torch.equal(both["image"], both["text"])
+
+
+def test_a_length_that_is_the_auxiliary_one_is_served_from_it(feature_file: Path) -> None:
+    method, batch, _ = cmcl(feature_file, "bits=[8,24]")
+    assert list(method.hash) == ["8", "24"] and list(method.decode) == ["8"]
+    assert method.encode(batch.inputs, 24)["image"].shape == (7, 24)

@@ -12,6 +12,7 @@ from helpers import write_feature_file
 from vhabl import methods, runs, train
 from vhabl.config import load, recipes
 from vhabl.data import load as load_data
+from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
 from vhabl.methods.base import HashingMethod
 from vhabl.types import Batch, Dataset, Inputs
@@ -48,7 +49,14 @@ def test_a_recipe_runs_whole(recipe: Path, tmp_path: Path) -> None:
         for task, codes in tasks.items():
             assert codes.query.shape == (20, bits) and codes.database.shape == (60, bits)
             assert set(np.unique(codes.database)) <= {-1, 1}
-            assert np.array_equal(codes.database, longest[task].database[:, :bits])  # a prefix
+            if run.method.any_length:
+                assert np.array_equal(codes.database, longest[task].database[:, :bits])  # a prefix
+    other = min(config.bits) - 1
+    if run.method.any_length:
+        assert run.method.encode(data.query.inputs(), other)
+    else:
+        with pytest.raises(VhablError, match=f"key bits: found {other}; expected a code length"):
+            run.method.encode(data.query.inputs(), other)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)

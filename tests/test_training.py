@@ -61,14 +61,24 @@ def test_the_mean_of_weights_is_weighted_by_a_power_of_the_update() -> None:
     assert not mean.model.weight.requires_grad
 
 
-@pytest.mark.parametrize("averaging", [0.0, 2.0])
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("vh_abl", ["optim.averaging=0", "model.net.dropout=0.3"]),
+        ("vh_abl", ["optim.averaging=2", "model.net.dropout=0.3"]),
+        ("cmcl", ["optim.averaging=0"]),  # has a memory of all training items
+    ],
+)
 @pytest.mark.parametrize("epochs_before", [1, 2, 3, 4, 5])
 def test_an_interrupted_run_ends_with_the_same_weights(
-    feature_file: Path, monkeypatch: pytest.MonkeyPatch, epochs_before: int, averaging: float
+    feature_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    epochs_before: int,
+    method: str,
+    overrides: list[str],
 ) -> None:
     """Interrupted in any epoch of either phase (4 of selection, then the final ones)."""
-    overrides = f"optim.averaging={averaging}", "model.net.dropout=0.3"
-    config = small_config(feature_file, "vh_abl", *overrides)
+    config = small_config(feature_file, method, *overrides)
     data = load_data(config.data)
     whole = Trainer(override(config, ["out=whole"]), data, False)
     expected = weights(whole.run())

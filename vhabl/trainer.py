@@ -241,7 +241,7 @@ class Trainer:
             return None
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-            theirs, fingerprint = state["config"], state["fingerprint"]
+            theirs, fingerprint, _ = state["config"], state["fingerprint"], state["memory"]
         except Exception as error:  # damaged bytes raise many types
             reason = " ".join(str(error).split())[:120]
             fail(self.state_path, f"a damaged state ({reason})", "a state saved by training")

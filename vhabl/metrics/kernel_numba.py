@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types, uint64
+from numba import int64, njit, prange, types, uint64
 from numba.extending import intrinsic
 
 from vhabl.metrics.counts import Ordered, Packed, discounts, without_own
@@ -23,7 +23,7 @@ from vhabl.metrics.counts import Ordered, Packed, discounts, without_own
 numba.config.THREADING_LAYER = "workqueue"
 _one_at_a_time = threading.Lock()  # which this layer needs
 
-CHUNK = 8192  # items; a chunk and its bins stay in the first cache levels
+CHUNK = 16384  # items; a chunk and its bins stay in the first cache levels
 
 
 @intrinsic
@@ -57,7 +57,7 @@ def _distances(
         q, row = query[w], words[w]
         if len(table) == 0:
             for i in range(n):
-                out[i] += np.uint32(popcount(row[i] ^ q))
+                out[i] += popcount(row[i] ^ q)
         else:
             for byte in range(8):
                 weights, shift = table[8 * w + byte], uint64(8 * byte)
@@ -66,13 +66,31 @@ def _distances(
 
 
 @njit(cache=True, nogil=True)
-def _shared(query: np.ndarray, masks: np.ndarray, n: int, out: np.ndarray) -> None:
-    """Number of labels that one query shares with the n items of a chunk."""
-    out[:n] = 0
+def _add_shared(
+    query: np.ndarray, masks: np.ndarray, n: int, factor: np.ndarray, out: np.ndarray
+) -> None:
+    """out * factor + the number of labels that one query shares with the n items of a chunk."""
+    scale = factor[0]
+    for i in range(n):
+        out[i] *= scale
     for w in range(len(query)):
         q, row = query[w], masks[w]
         for i in range(n):
-            out[i] += np.uint32(popcount(row[i] & q))
+            out[i] += popcount(row[i] & q)
+
+
+@njit(cache=True, nogil=True)
+def _count(bins: np.ndarray, n: int, parts: np.ndarray) -> None:
+    """Count into four histograms in turn: an item need not wait for the counts before it."""
+    a, b, c, d = parts[0], parts[1], parts[2], parts[3]
+    whole = n - n % 4
+    for i in range(0, whole, 4):
+        a[bins[i]] += 1
+        b[bins[i + 1]] += 1
+        c[bins[i + 2]] += 1
+        d[bins[i + 3]] += 1
+    for i in range(whole, n):
+        a[bins[i]] += 1
 
 
 @njit(cache=True, parallel=True, nogil=True)
@@ -83,9 +101,11 @@ def _histogram(
     database_labels: np.ndarray,
     table: np.ndarray,
     distances: int,
-    levels: int,
+    levels: np.ndarray,
 ) -> np.ndarray:
-    counts = np.zeros((len(query), distances * levels), np.int64)
+    """levels: their number, [1], in a type that holds every bin: a narrow one is faster."""
+    width = distances * int64(levels[0])
+    counts = np.zeros((len(query), width), np.int64)
     words = np.empty((query.shape[1], CHUNK), np.uint64)
     masks = np.empty((query_labels.shape[1], CHUNK), np.uint64)
     for start in range(0, len(database), CHUNK):
@@ -93,21 +113,14 @@ def _histogram(
         _by_word(database, start, n, words)
         _by_word(database_labels, start, n, masks)
         for q in prange(len(query)):
-            bins = np.empty(CHUNK, np.uint32)
-            shared = np.empty(CHUNK, np.uint32)
+            bins = np.empty(CHUNK, levels.dtype)
             _distances(query[q], words, table, n, bins)
-            _shared(query_labels[q], masks, n, shared)
-            for i in range(n):
-                bins[i] = bins[i] * np.uint32(levels) + shared[i]
-            # Two histograms in turn: an item need not wait for the count of the one before it.
-            even, odd = counts[q], np.zeros(distances * levels, np.int64)
-            for i in range(0, n - 1, 2):
-                even[bins[i]] += 1
-                odd[bins[i + 1]] += 1
-            if n & 1:
-                even[bins[n - 1]] += 1
-            for b in range(len(odd)):
-                even[b] += odd[b]
+            _add_shared(query_labels[q], masks, n, levels, bins)
+            parts = np.zeros((4, width), np.int32)
+            _count(bins, n, parts)
+            total = counts[q]
+            for b in range(width):
+                total[b] += parts[0, b] + parts[1, b] + parts[2, b] + parts[3, b]
     return counts
 
 
@@ -137,9 +150,9 @@ def _ordered(
         _by_word(database_labels, start, n, masks)
         for q in prange(len(query)):
             distance = np.empty(CHUNK, np.uint32)
-            shared = np.empty(CHUNK, np.uint32)
+            shared = np.zeros(CHUNK, np.uint32)
             _distances(query[q], words, table, n, distance)
-            _shared(query_labels[q], masks, n, shared)
+            _add_shared(query_labels[q], masks, n, np.ones(1, np.uint32), shared)
             ranks, found = rank[q], hits[q]
             skipped = left_out[q] - start
             for i in range(n):
@@ -183,9 +196,11 @@ def _use_threads() -> None:
 
 def histogram(packed: Packed) -> np.ndarray:
     """Items at each distance that share each number of labels: int64 [Q, distances, levels]."""
+    narrow = packed.distances * packed.levels < 1 << 16
+    levels = np.array([packed.levels], np.uint16 if narrow else np.uint32)
     with _one_at_a_time:
         _use_threads()
-        counts = _histogram(*_arrays(packed), packed.distances, packed.levels)
+        counts = _histogram(*_arrays(packed), packed.distances, levels)
     return without_own(packed, counts.reshape(-1, packed.distances, packed.levels))
 
 
