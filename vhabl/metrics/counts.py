@@ -149,8 +149,8 @@ class Packed:
             if len(labels) != len(rows):
                 fail(f"{name} labels", f"{len(labels)} rows", f"{len(rows)}, one for each code")
         widths = self.query_labels.shape[1:], self.database_labels.shape[1:]
-        if widths[0] != widths[1]:
-            fail("labels", f"{widths[0]} and {widths[1]} words a row", "as many")
+        if widths[0] != widths[1] or widths[0][0] == 0:
+            fail("labels", f"{widths[0]} and {widths[1]} words a row", "as many, at least one")
         w, own = self.weights, self.own
         if w is not None and (w.shape != (self.bits,) or w.dtype.kind not in "iu" or w.min() < 0):
             expected = f"{self.bits} integers, not negative"

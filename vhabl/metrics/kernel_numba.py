@@ -52,17 +52,22 @@ def _distances(
 
     table: empty, or for each byte of a code the summed weights of its ones, [8 W, 256].
     """
+    if len(table) == 0:
+        q, row = query[0], words[0]
+        for i in range(n):
+            out[i] = popcount(row[i] ^ q)
+        for w in range(1, len(query)):
+            q, row = query[w], words[w]
+            for i in range(n):
+                out[i] += popcount(row[i] ^ q)
+        return
     out[:n] = 0
     for w in range(len(query)):
         q, row = query[w], words[w]
-        if len(table) == 0:
+        for byte in range(8):
+            weights, shift = table[8 * w + byte], uint64(8 * byte)
             for i in range(n):
-                out[i] += popcount(row[i] ^ q)
-        else:
-            for byte in range(8):
-                weights, shift = table[8 * w + byte], uint64(8 * byte)
-                for i in range(n):
-                    out[i] += weights[((row[i] ^ q) >> shift) & uint64(255)]
+                out[i] += weights[((row[i] ^ q) >> shift) & uint64(255)]
 
 
 @njit(cache=True, nogil=True)
@@ -70,10 +75,10 @@ def _add_shared(
     query: np.ndarray, masks: np.ndarray, n: int, factor: np.ndarray, out: np.ndarray
 ) -> None:
     """out * factor + the number of labels that one query shares with the n items of a chunk."""
-    scale = factor[0]
+    scale, q, row = factor[0], query[0], masks[0]
     for i in range(n):
-        out[i] *= scale
-    for w in range(len(query)):
+        out[i] = out[i] * scale + popcount(row[i] & q)
+    for w in range(1, len(query)):
         q, row = query[w], masks[w]
         for i in range(n):
             out[i] += popcount(row[i] & q)
