@@ -578,3 +578,36 @@ def test_baselines_measure_features_on_the_training_items(feature_file: Path) ->
     assert np.allclose(features.mean(axis=0), 0, atol=1e-4)
     parts = features[:, :12], features[:, 12:]
     assert [p.var(axis=0).mean() for p in parts] == pytest.approx([1, 1], abs=0.05)
+
+
+def test_cca_finds_what_two_modalities_share() -> None:
+    """Two shared signals under rotations and noise: their codes agree across the modalities."""
+    random = np.random.default_rng(0)
+    shared = random.normal(size=(400, 2))
+    views = []
+    for width in (9, 7):
+        turn = np.linalg.qr(random.normal(size=(width, width)))[0]
+        noise = random.normal(size=(400, width - 2)) * 2  # louder than what is shared
+        view = np.concatenate([shared + 0.1 * random.normal(size=(400, 2)), noise], axis=1) @ turn
+        views.append((view - view.mean(axis=0)).astype(np.float32))
+    for seed in range(3):
+        pair = baselines.cca_itq(views[0], views[1], 2, seed)
+        assert pair is not None and pair[0].shape == (9, 2) and pair[1].shape == (7, 2)
+        codes = [x @ p >= 0 for x, p in zip(views, pair, strict=True)]
+        assert (codes[0] == codes[1]).mean() > 0.9
+        swapped = [x @ p >= 0 for x, p in zip(views, (pair[0], pair[1][:, ::-1]), strict=True)]
+        assert (swapped[0] == swapped[1]).mean() < 0.7
+    assert baselines.cca_itq(views[0], views[1], 8, 0) is None  # more bits than text dimensions
+
+
+def test_baselines_have_rows_for_the_cross_modal_tasks(feature_file: Path) -> None:
+    rows = baselines.baseline_records(load_data(small_config(feature_file).data), [4, 8], 0)
+    found = {
+        (r.method, r.task, r.bits): r.value
+        for r in rows
+        if (r.measure, r.ties) == ("mAP@all", "expected")
+    }
+    for task in ("i2t", "t2i"):
+        assert found["chance", task, 8] == pytest.approx(found["chance", "fused", 8])
+        assert found["CCA + ITQ", task, 4] > found["chance", task, 4] + 0.2
+    assert found["CCA + ITQ", "i2t", 4] != found["CCA + ITQ", "t2i", 4]

@@ -18,7 +18,7 @@ from vhabl import errors
 from vhabl.config import load_baselines
 from vhabl.data import load as load_data
 from vhabl.encoders import FeatureScaling
-from vhabl.evaluator import CLASSIFIER, Record, records
+from vhabl.evaluator import CLASSIFIER, Record, records, to_tasks
 from vhabl.files import write_json
 from vhabl.report import print_table
 from vhabl.types import Codes, Dataset, Split
@@ -26,12 +26,14 @@ from vhabl.types import Codes, Dataset, Split
 
 class Features:
     """Image and text features side by side, float32 [N, d]: each modality with mean 0 and mean
-    variance 1 on the training items, so that neither drowns the other.
+    variance 1 on the training items, so that neither drowns the other. The first `image` columns
+    are the image's.
     """
 
     def __init__(self, data: Dataset) -> None:
         self.scaling = FeatureScaling(data.spec)
         self.scaling.fit(data.train.inputs(), "global")
+        self.image = data.spec.image_dim
 
     def __call__(self, split: Split) -> np.ndarray:
         scaled = self.scaling(split.inputs())
@@ -44,6 +46,13 @@ def constant(x: np.ndarray, bits: int, seed: int) -> np.ndarray:
     return np.zeros((x.shape[1], bits), np.float32)
 
 
+def constant_both(
+    image: np.ndarray, text: np.ndarray, bits: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chance for two modalities."""
+    return constant(image, bits, seed), constant(text, bits, seed)
+
+
 def lsh(x: np.ndarray, bits: int, seed: int) -> np.ndarray:
     """Projection of a seeded Gaussian matrix: [d, bits] (Charikar, STOC 2002)."""
     return np.random.default_rng(seed).standard_normal((x.shape[1], bits)).astype(np.float32)
@@ -54,17 +63,50 @@ def itq(x: np.ndarray, bits: int, seed: int) -> np.ndarray | None:
 
     None where the training items x [N, d] have fewer than `bits` principal directions.
     """
-    import faiss
-
     if min(len(x) - 1, x.shape[1]) < bits:
         return None
     _, _, directions = np.linalg.svd(x, full_matrices=False)
-    projected = np.ascontiguousarray(x @ directions[:bits].T)
+    turn = itq_rotation(x @ directions[:bits].T, seed)
+    return (turn @ directions[:bits]).T.astype(np.float32)
+
+
+def itq_rotation(projected: np.ndarray, seed: int) -> np.ndarray:
+    """The rotation [bits, bits] that brings rows [N, bits] nearest to their signs."""
+    import faiss
+
+    bits = projected.shape[1]
     rotation = faiss.ITQMatrix(bits)
     rotation.seed = seed
-    rotation.train(projected)
-    turn = faiss.vector_to_array(rotation.A).reshape(bits, bits)
-    return (turn @ directions[:bits]).T.astype(np.float32)
+    rotation.train(np.ascontiguousarray(projected, dtype=np.float32))
+    return faiss.vector_to_array(rotation.A).reshape(bits, bits)
+
+
+CCA_RIDGE = 0.1  # share of the mean variance that is added to each variance
+
+
+def cca_itq(
+    image: np.ndarray, text: np.ndarray, bits: int, seed: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Directions of both modalities with the highest correlation, each weighted by it, and one ITQ
+    rotation for both: [d_image, bits] and [d_text, bits] (Gong et al., IJCV 2014).
+
+    None where a modality has fewer than `bits` dimensions.
+    """
+    if min(len(image) - 1, image.shape[1], text.shape[1]) < bits:
+        return None
+
+    def whitening(x: np.ndarray) -> np.ndarray:  # (d, d)
+        covariance = x.T @ x / len(x)
+        ridge = CCA_RIDGE * np.trace(covariance) / len(covariance)
+        lower = np.linalg.cholesky(covariance + ridge * np.eye(len(covariance)))
+        return np.linalg.inv(lower).T
+
+    a, b = whitening(image.astype(np.float64)), whitening(text.astype(np.float64))
+    left, correlation, right = np.linalg.svd(a.T @ (image.T @ text / len(image)) @ b)
+    a = a @ left[:, :bits] * correlation[:bits]
+    b = b @ right[:bits].T * correlation[:bits]
+    turn = itq_rotation(np.concatenate([image @ a, text @ b]), seed)
+    return (a @ turn.T).astype(np.float32), (b @ turn.T).astype(np.float32)
 
 
 def classifier_codes(
@@ -128,9 +170,26 @@ def logistic_regression(
 
 
 def baseline_records(data: Dataset, lengths: Sequence[int], seed: int) -> list[Record]:
-    """Rows of all baselines for a fused task, measured as every method is."""
+    """Rows of all baselines, measured as every method is: for the fused task, and for the two
+    cross-modal ones.
+    """
     features = Features(data)
     train, query, database = (features(s) for s in (data.train, data.query, data.database))
+    sides = [np.split(x, [features.image], axis=1) for x in (train, query, database)]
+    return [
+        *_fused_records(data, train, query, database, lengths, seed),
+        *_cross_records(data, sides, lengths, seed),
+    ]
+
+
+def _fused_records(
+    data: Dataset,
+    train: np.ndarray,
+    query: np.ndarray,
+    database: np.ndarray,
+    lengths: Sequence[int],
+    seed: int,
+) -> list[Record]:
     labels = data.query.labels, data.database.labels
     rows: list[Record] = []
     for title, fit in (("chance", constant), ("LSH", lsh), ("ITQ", itq)):
@@ -138,13 +197,36 @@ def baseline_records(data: Dataset, lengths: Sequence[int], seed: int) -> list[R
         for bits in lengths:
             projection = fit(train, bits, seed)
             if projection is not None:
-                q, db = (np.where(x @ projection >= 0, 1, -1) for x in (query, database))
-                codes = Codes(q.astype(np.int8), db.astype(np.int8), *labels)
-                found[bits] = {"fused": codes}
+                q, db = _signs(query @ projection), _signs(database @ projection)
+                found[bits] = {"fused": Codes(q, db, *labels)}
         rows += records(title, data, found, seed, "curves")
     q, db = classifier_codes(train, data.train.labels, (query, database), seed)
     codes = Codes(q, db, *labels)
     return rows + records(CLASSIFIER, data, {codes.bits: {"fused": codes}}, seed, "curves")
+
+
+def _cross_records(
+    data: Dataset, sides: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], seed: int
+) -> list[Record]:
+    """sides: image and text features of the training, query and database items."""
+    train, query, database = sides
+    rows: list[Record] = []
+    for title, fit in (("chance", constant_both), ("CCA + ITQ", cca_itq)):
+        found = {}
+        for bits in lengths:
+            pair = fit(train[0], train[1], bits, seed)
+            if pair is not None:
+                q, db = (
+                    {"image": _signs(image @ pair[0]), "text": _signs(text @ pair[1])}
+                    for image, text in (query, database)
+                )
+                found[bits] = to_tasks(q, db, data)
+        rows += records(title, data, found, seed, "curves")
+    return rows
+
+
+def _signs(x: np.ndarray) -> np.ndarray:
+    return np.where(x >= 0, 1, -1).astype(np.int8)
 
 
 def main(arguments: list[str]) -> int:
