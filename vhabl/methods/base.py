@@ -82,9 +82,7 @@ class HashingMethod(nn.Module, ABC):
             fail("key bits", str(bits), f"a code length from 1 to {self.bits}, which the model has")
         if not self.any_length and bits not in self.lengths:
             known = ", ".join(map(str, self.lengths))
-            fail(
-                "key bits", str(bits), f"one of the lengths that the model was trained for: {known}"
-            )
+            fail("key bits", str(bits), f"a code length that the model was trained for: {known}")
 
     def bit_importance(self) -> Tensor | None:
         """What each bit of a code weighs, [K], where the method ranks bits. Default: nothing."""
