@@ -32,7 +32,7 @@ SMALL = {  # overrides that make a recipe's model small
     "vh_abl": ["model.net.dim=16", "model.net.image_hidden=16", "model.net.text_hidden=16"],
     "hiamh": ["model.net.dim=16", "model.net.image_hidden=16", "model.net.text_hidden=16"],
     "nested_mlp": ["model.dim=16"],
-    "cmcl": ["model.dim=16", "model.hidden=16", "model.auxiliary=24"],
+    "cmcl": ["model.dim=16", "model.auxiliary=24"],
 }
 
 

@@ -415,7 +415,7 @@ def test_the_loss_of_cmcl_by_its_formulas(feature_file: Path) -> None:
     """Every term from the paper's formulas, over the lengths 8 and 16 and the auxiliary 24."""
     method, batch, _ = cmcl(feature_file)
     w = method.settings.weights
-    found = {name: float(value) for name, value in method.loss(batch).items()}
+    found = {name: value.item() for name, value in method.loss(batch).items()}
     codes = method.relax_lengths(batch.inputs, [8, 16, 24])
     similar = (method.labels @ batch.labels.T > 0).float()
     expected = dict.fromkeys(("inter", "intra", "quantisation", "reconstruction"), 0.0)
@@ -452,3 +452,18 @@ def test_a_length_that_is_the_auxiliary_one_is_served_from_it(feature_file: Path
     method, batch, _ = cmcl(feature_file, "bits=[8,24]")
     assert list(method.hash) == ["8", "24"] and list(method.decode) == ["8"]
     assert method.encode(batch.inputs, 24)["image"].shape == (7, 24)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.dim=0", "key model.dim: found 0; expected at least 1"),
+        ("model.blocks=-1", "key model.blocks: found -1; expected at least 0"),
+        ("model.auxiliary=0", "key model.auxiliary: found 0; expected at least 1"),
+        ("model.dropout=1", "key model.dropout: found 1.0; expected 0 up to below 1"),
+        ("model.temperature=0", "key model.temperature: found 0.0; expected more than 0"),
+    ],
+)
+def test_settings_of_cmcl_are_checked(feature_file: Path, override: str, expected: str) -> None:
+    with pytest.raises(VhablError, match=expected):
+        small_config(feature_file, "cmcl", override)

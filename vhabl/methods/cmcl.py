@@ -5,8 +5,8 @@ lengths are hashed from one feature by encoders that both modalities share, and 
 other: each reconstructs the code of a longer, auxiliary length. The likelihood of a batch is taken
 against the latest codes of all training items, which are kept in memory.
 
-On ready-made features this is the method's global branch: a projection of each modality stands for
-the towers.
+On ready-made features this is the method's global branch: a linear projection of each modality
+stands for the towers.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ class Weights:
 @dataclass(frozen=True)
 class CMCLSettings:
     dim: int = key("width of the features that are hashed", 512)
-    hidden: int = key("width of the projection's hidden layer; 0 is a linear projection", 1024)
     blocks: int = key("residual blocks that both modalities share", 2)
-    dropout: float = key("dropout in the projections and the residual blocks", 0.5)
+    dropout: float = key("dropout in the residual blocks", 0.5)
     auxiliary: int = key("length of the auxiliary code", 128)
     temperature: float = key("temperature of InfoNCE", 0.07)
     weights: Weights = field(default_factory=Weights)
@@ -77,9 +76,8 @@ class CMCL(HashingMethod):
         dim = settings.dim
         self.scaling = FeatureScaling(spec)
         self.project = nn.ModuleDict(
-            {view: self._projection(width) for view, width in
-             (("image", spec.image_dim), ("text", spec.text_dim))}
-        )  # fmt: skip
+            {"image": nn.Linear(spec.image_dim, dim), "text": nn.Linear(spec.text_dim, dim)}
+        )
         self.shared = nn.Sequential(
             *(ResidualMLP(dim, settings.dropout) for _ in range(settings.blocks))
         )
@@ -104,20 +102,9 @@ class CMCL(HashingMethod):
                 self.register_buffer(f"{name}_{k}", torch.zeros(items, k), persistent=False)
         self.register_buffer("labels", torch.zeros(items, spec.classes), persistent=False)
 
-    def _projection(self, width: int) -> nn.Module:
-        dim, hidden = self.settings.dim, self.settings.hidden
-        if not hidden:
-            return nn.Linear(width, dim)
-        return nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.ReLU(),
-            Dropout(self.settings.dropout),
-            nn.Linear(hidden, dim),
-        )
-
     @classmethod
     def check_settings(cls, settings: CMCLSettings) -> None:
-        for name, least in (("dim", 1), ("hidden", 0), ("blocks", 0), ("auxiliary", 1)):
+        for name, least in (("dim", 1), ("blocks", 0), ("auxiliary", 1)):
             if getattr(settings, name) < least:
                 fail(f"key model.{name}", str(getattr(settings, name)), f"at least {least}")
         if not 0 <= settings.dropout < 1:
