@@ -411,6 +411,7 @@ def test_the_memory_of_cmcl_holds_the_latest_codes_and_their_common_signs(
     assert not [name for name in stored if "_8" in name or "labels" in name]
 
 
+@torch.no_grad()
 def test_the_loss_of_cmcl_by_its_formulas(feature_file: Path) -> None:
     """Every term from the paper's formulas, over the lengths 8 and 16 and the auxiliary 24."""
     method, batch, _ = cmcl(feature_file)
