@@ -144,6 +144,10 @@ def test_baselines_and_report(feature_file: Path, run_folder: Path, command) -> 
     assert [n for n in ("chance", "LSH", "ITQ", "VH-ABL") if f"| {n} " in out] == [
         "chance", "LSH", "ITQ", "VH-ABL",
     ]  # fmt: skip
+    assert "| i2t " not in out and "CCA" not in out  # no method here serves that task
+    code, out, _ = command(report.main, "checkpoint/wiki/baselines", "--table-only")
+    assert code == 0 and "| CCA + ITQ " in out
+    code, out, _ = command(report.main, "checkpoint/wiki")
     page = Path("checkpoint/wiki/report/index.html")
     assert f"report: {page}" in out and "VH-ABL, 16 bits" in page.read_text(encoding="utf-8")
     code, _, err = command(report.main, feature_file.parent / "dataset")

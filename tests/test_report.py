@@ -241,10 +241,9 @@ def test_map_over_bits_leaves_out_real_values_and_other_databases() -> None:
 
 def test_tasks_have_figures_of_their_own() -> None:
     rows = [replace(r, task=task) for task in ("i2t", "t2i") for r in ROWS]
-    assert [f.name for f in figures.from_records(rows)] == [
-        "map_over_bits-i2t",
-        "map_over_bits-t2i",
-    ]
+    found = figures.from_records(rows)
+    assert [f.name for f in found] == ["map_over_bits-i2t", "map_over_bits-t2i"]
+    assert [f.title for f in found] == ["mAP over bits, i2t", "mAP over bits, t2i"]
 
 
 def test_importance_intervals_and_balance_come_from_codes() -> None:

@@ -43,6 +43,15 @@ def main(arguments: list[str]) -> int:
     for data in data_sets:
         print(f"\n{data}")
         rows = [row for rows in records.values() for row in rows if row.data == data]
+        # Reference rows are for the tasks that a trained method serves.
+        served = {
+            row.task
+            for folder, found in records.items()
+            if (folder / WEIGHTS_FILE).is_file()
+            for row in found
+            if row.data == data
+        }
+        rows = [row for row in rows if row.task in served or not served]
         print_table(rows, given.measure, with_published=True)
         if given.table_only:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,9 @@ def from_records(rows: Sequence[Record]) -> list[Figure]:
     for task in dict.fromkeys(r.task for r in rows):
         own = [r for r in rows if r.task == task]
         suffix = "" if task == "fused" else f"-{task}"
+        ending = "" if task == "fused" else f", {task}"
         figures += [
-            figure
+            replace(figure, title=figure.title + ending)
             for figure in (
                 map_over_bits(own, suffix),
                 precision_recall(own, suffix),
