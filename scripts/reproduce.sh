@@ -3,7 +3,7 @@
 #
 #   bash flickr.sh [--demo] [METHOD ...] [key=value ...]
 #
-# METHOD is a recipe in configs/ (vh_abl, hiamh); without one, all of them are trained, and the
+# METHOD is a recipe in configs/ (vh_abl, hiamh, cmcl); without one, all of them are trained, and the
 # plain nested MLP beside them. key=value goes to training. SEEDS="0 1 2" trains several seeds.
 # --demo takes the data set that is shipped with the project instead.
 set -euo pipefail
@@ -32,7 +32,7 @@ for argument in "$@"; do
     esac
 done
 if [[ ${#methods[@]} -eq 0 ]]; then
-    methods=(nested_mlp hiamh vh_abl)
+    methods=(nested_mlp hiamh vh_abl cmcl)
 fi
 
 bash scripts/setup.sh
