@@ -19,6 +19,7 @@ import scipy.sparse
 from mat73 import write_mat73
 from PIL import Image
 
+from vhabl.data import __main__ as data_command
 from vhabl.data import load, validation_split, without
 from vhabl.data.features import load_features
 from vhabl.data.pairs import load_pairs, words
@@ -805,3 +806,66 @@ def test_helper_writes_what_matlab_writes(tmp_path: Path) -> None:
         assert file["c"].attrs["MATLAB_class"] == b"cell"
         assert file[file["c"][0, 0]].attrs["MATLAB_class"] == b"char"
         assert file["s"].attrs["MATLAB_sparse"] == 2 and set(file["s"]) == {"data", "ir", "jc"}
+
+
+# Captions as a text file, and the check of a data set
+
+
+def test_captions_may_be_lines_of_a_text_file(tmp_path: Path) -> None:
+    captions = ["a dog", "", "two\u2028parts of one", "a cat", "tail\t", "Zoë", "last"]
+    expected = load_pairs(write_pairs(tmp_path / "p", captions=captions), pairs_config(min_count=1))
+    folder = write_pairs(tmp_path / "q", captions=captions)
+    (folder / "caption.mat").unlink()
+    for end, newline in (("\n", "\n"), ("", "\n"), ("\r\n", "\r\n")):
+        (folder / "caption.txt").write_bytes((newline.join(captions) + end).encode())
+        assert_equal_splits(load_pairs(folder, pairs_config(min_count=1)), expected)
+    (folder / "caption.txt").write_bytes(b"\xff\xfe\n" * 7)
+    with pytest.raises(VhablError, match=r"caption\.txt: found bytes that are not UTF-8"):
+        load_pairs(folder, pairs_config())
+
+
+def test_the_check_names_every_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = ["  ", *CAPTIONS[1:]]
+    folder = write_pairs(tmp_path / "p", captions=captions)
+    file = tmp_path / "pairs.yaml"
+    file.write_text("name: mine\nkind: pairs\npath: nowhere\nquery: 2\ntrain: 3\nmin_count: 1\n")
+    assert data_command.main(["check", str(file), f"data.path={folder}"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines() == [
+        "7 pairs, 2 classes", "1 empty caption", "0 items without a label",
+        "0 items with the image of another one",
+        "train: 3 items", "database: 5 items", "query: 2 items", "no problem found",
+    ]  # fmt: skip
+    with pytest.raises(VhablError, match="nowhere: found no such file or folder"):
+        data_command.main(["check", str(file)])
+
+    images = sorted(folder.rglob("*.png"))
+    images[0].unlink()
+    images[2].write_bytes(images[2].read_bytes()[:60])
+    images[3].write_bytes(b"")
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1)  # all others are absurdly large
+    Image.new("RGB", (1, 1)).save(images[4])
+    assert data_command.main(["check", str(file), f"data.path={folder}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    named = [next(i for i in images if str(i) in line) for line in lines]
+    assert sorted(named) == sorted(set(images) - {images[4]})  # all but the one that is small
+    said = dict(zip(named, lines, strict=True))
+    assert said[images[0]].startswith("error: ") and "found no such file" in said[images[0]]
+    assert "cannot be read" in said[images[2]] and "cannot be read" in said[images[3]]
+    assert "decompression bomb" in said[images[5]]
+
+
+def test_the_check_of_disagreeing_files_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pairs(tmp_path / "p")
+    write_mat5(folder / "caption.mat", {"caption": CAPTIONS[:5]})
+    file = tmp_path / "pairs.yaml"
+    file.write_text(f"name: mine\nkind: pairs\npath: {folder}\nquery: 2\ntrain: 3\n")
+    assert data_command.main(["check", str(file)]) == 2
+    assert "found 5 captions, 7 images and 7 label rows" in capsys.readouterr().err
+    with pytest.raises(VhablError, match=r"pairs\.yaml: key data\.sise: found an unknown key"):
+        file.write_text("name: mine\nsise: 2\n")
+        data_command.main(["check", str(file)])

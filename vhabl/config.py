@@ -109,6 +109,17 @@ def load_baselines(overrides: list[str]) -> BaselineConfig:
     return config
 
 
+def load_data_config(path: str | Path, overrides: Sequence[str]) -> DataConfig:
+    """A data set's own file, configs/data/NAME.yaml, with `data.*` overrides."""
+    path = Path(path)
+    own = {f"data.{name}": value for name, value in _flatten(_read_yaml(path)).items()}
+    layers: list[Layer] = [(path, own), (COMMAND_LINE, _parse_overrides(overrides))]
+    values = _merge(key_types(DataConfig, "data."), layers)
+    config: DataConfig = _build(DataConfig, values, path, "data.")
+    _check_data(config)
+    return config
+
+
 def from_yaml(text: str, where: Path) -> Config:
     """The configuration that a run stored, checked as if it were typed in."""
     values = _parse_yaml(text, where)

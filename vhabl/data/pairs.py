@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vhabl.data.descriptors import describe_image
-from vhabl.errors import VhablError, fail
+from vhabl.errors import VhablError, fail, plural
 from vhabl.files import locate
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig
@@ -65,7 +65,11 @@ def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
     order = np.random.RandomState(config.split_seed).permutation(len(labels))
     query, train = order[: config.query], order[config.query : config.query + config.train]
     database = order[config.query :]
-    image = _image_features(path / config.image_root, images)
+    with ThreadPoolExecutor() as pool:
+        described = pool.map(
+            lambda file: describe_image(open_image(file)), image_files(path, config, images)
+        )
+        image = np.stack(list(described)).astype(np.float32)
     text = _bag_of_words(captions, train, config.min_count)
     ids = np.array(images)
     labels = labels.astype(np.uint8)
@@ -79,9 +83,54 @@ def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
 def captions_and_images(config: DataConfig) -> dict[str, tuple[str, Path]]:
     """The first caption and the image file of every item, by its id."""
     path = locate(config.path)
-    names = _texts(path, "index")
-    files = [path / config.image_root / Path(name).name for name in names]
-    return dict(zip(names, zip(_texts(path, "caption"), files, strict=True), strict=True))
+    names, captions = _texts(path, "index"), _texts(path, "caption")
+    return dict(
+        zip(names, zip(captions, image_files(path, config, names), strict=True), strict=True)
+    )
+
+
+def image_files(path: Path, config: DataConfig, names: list[str]) -> list[Path]:
+    """Images are found by their base name under the configured folder."""
+    return [path / config.image_root / Path(name).name for name in names]
+
+
+def check_pairs(path: Path, config: DataConfig) -> tuple[list[str], list[str]]:
+    """What a folder of pairs holds, and every image that is missing or cannot be read."""
+    captions, names = _texts(path, "caption"), _texts(path, "index")
+    labels = _column(path, "label")
+    if not len(captions) == len(names) == len(labels):
+        found = f"{len(captions)} captions, {len(names)} images and {len(labels)} label rows"
+        return [], [f"{path}: found {found}; expected as many of each"]
+
+    def problem(file: Path) -> str | None:
+        try:
+            open_image(file)
+        except VhablError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = [p for p in pool.map(problem, image_files(path, config, names)) if p]
+    facts = [
+        plural(len(names), "pair") + f", {labels.shape[1]} classes",
+        plural(sum(not caption.strip() for caption in captions), "empty caption"),
+        plural(int((labels.sum(axis=1) == 0).sum()), "item") + " without a label",
+        plural(len(names) - len(set(names)), "item") + " with the image of another one",
+    ]
+    return facts, problems
+
+
+def open_image(path: Path) -> Image.Image:
+    """A whole image as RGB. Raises VhablError where it is missing, damaged or absurdly large."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        fail(path, "no such file", "the image that index.mat names")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VhablError(
+            f"{path}: found an image that cannot be read ({error}); expected a whole JPEG or PNG"
+        ) from None
 
 
 def _column(path: Path, name: str) -> np.ndarray:
@@ -94,6 +143,14 @@ def _column(path: Path, name: str) -> np.ndarray:
 
 
 def _texts(path: Path, name: str) -> list[str]:
+    lines = path / f"{name}.txt"  # NUS-WIDE's captions, one line an item
+    if lines.exists() and not (path / f"{name}.mat").exists():
+        try:
+            text = lines.read_text(encoding="utf-8")
+            # Not splitlines: a caption may hold other characters that it takes for an end.
+            return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+        except UnicodeDecodeError:
+            fail(lines, "bytes that are not UTF-8", "one caption a line")
     return [_first_text(path / f"{name}.mat", cell) for cell in _column(path, name).reshape(-1)]
 
 
@@ -104,25 +161,6 @@ def _first_text(file: Path, cell: object) -> str:
     if not isinstance(cell, str):
         fail(file, f"a cell of type {type(cell).__name__}", "texts")
     return cell.rstrip("\n")
-
-
-def _image_features(folder: Path, names: list[str]) -> np.ndarray:
-    paths = [folder / Path(name).name for name in names]
-
-    def describe(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                return describe_image(image.convert("RGB"))
-        except FileNotFoundError:
-            fail(path, "no such file", "the image that index.mat names")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise VhablError(
-                f"{path}: found an image that cannot be read ({error}); "
-                f"expected a whole JPEG or PNG"
-            ) from None
-
-    with ThreadPoolExecutor() as pool:
-        return np.stack(list(pool.map(describe, paths))).astype(np.float32)
 
 
 def words(caption: str) -> list[str]:

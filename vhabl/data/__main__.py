@@ -1,0 +1,48 @@
+"""Look at a data set before training: python -m vhabl.data check configs/data/emoji.yaml."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vhabl import errors
+from vhabl.config import load_data_config
+from vhabl.data import load, missing_message
+from vhabl.data.pairs import check_pairs
+from vhabl.errors import EXIT_USER_ERROR, VhablError
+from vhabl.files import locate
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vhabl.data",
+        description="Say what a data set holds, and name every image that is missing or cannot be "
+        "read (exit code 2).",
+    )
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("config", metavar="FILE", help="such as configs/data/emoji.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=PATH")
+    given = parser.parse_intermixed_args(arguments)
+    config = load_data_config(given.config, given.overrides)
+    path = locate(config.path)
+    if not path.exists():
+        raise VhablError(missing_message(config))
+    if config.kind == "pairs":
+        facts, problems = check_pairs(path, config)
+        for fact in facts:
+            print(fact)
+        if problems:
+            for problem in problems:
+                print(f"error: {problem}", file=sys.stderr)
+            return EXIT_USER_ERROR
+    data = load(config)
+    for name, split in (("train", data.train), ("database", data.database), ("query", data.query)):
+        print(f"{name}: {errors.plural(len(split), 'item')}")
+    for text in data.notes:
+        errors.note(text)
+    print("no problem found")
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)
