@@ -12,7 +12,7 @@ import numpy as np
 from vhabl.files import atomic_path
 
 # Okabe & Ito (2008), each with a marker of its own so that colour is never the only sign; the
-# second round has dashed lines.
+# second round has dashed lines and other markers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
@@ -107,13 +107,14 @@ def plot(
 def _draw(panel: Panel, axes, numbers: Sequence[str]) -> None:  # type: ignore[no-untyped-def]
     for name, line in panel.lines.items():
         number = numbers.index(name)
+        turn = number // len(COLOURS)  # of the list of colours
         axes.errorbar(
             line.x,
             line.y,
             None if line.error is None or not any(line.error) else line.error,
             color=COLOURS[number % len(COLOURS)],
-            linestyle=DASHES[number // len(COLOURS) % len(DASHES)],
-            marker=MARKERS[number % len(MARKERS)] if panel.marks else None,
+            linestyle=DASHES[turn % len(DASHES)],
+            marker=MARKERS[(number + turn) % len(MARKERS)] if panel.marks else None,
             markersize=4,
             linewidth=1.4,
             capsize=3,
