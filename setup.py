@@ -39,5 +39,6 @@ setup(
             "types-tqdm",
         ],
         "emoji": ["uharfbuzz>=0.39"],
+        "parquet": ["pyarrow>=14"],
     },
 )

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
 
     ((run, data, codes),) = runs.encoded([given.checkpoint], [given.bits], [])
-    if run.config.data.kind != "pairs":
+    if run.config.data.kind == "features":
         errors.fail(given.checkpoint, f"data of kind {run.config.data.kind}", "image-text pairs")
     gallery = Gallery(run.config.data, data)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
+import re
 import shutil
 import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,8 @@ from PIL import Image
 from vhabl.data import __main__ as data_command
 from vhabl.data import load, validation_split, without
 from vhabl.data.features import load_features
-from vhabl.data.pairs import load_pairs, words
+from vhabl.data.pairs import read_pairs, to_splits, words
+from vhabl.data.table import read_table
 from vhabl.errors import VhablError
 from vhabl.matfile import is_hdf5, read_mat
 from vhabl.settings import DataConfig
@@ -597,6 +602,10 @@ def pairs_config(**changes: Any) -> DataConfig:
     return DataConfig(name="own", kind="pairs", path="pairs", **settings)
 
 
+def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
+    return to_splits(read_pairs(path, config), config)
+
+
 def by_id(splits: tuple[Split, ...], name: str) -> dict[str, list[float]]:
     """Features of all items by id: the database and the queries are all there are."""
     _, database, query = splits
@@ -857,15 +866,120 @@ def test_the_check_names_every_bad_image(
     assert "decompression bomb" in said[images[5]]
 
 
-def test_the_check_of_disagreeing_files_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_check_of_disagreeing_files_says_so(tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "p")
     write_mat5(folder / "caption.mat", {"caption": CAPTIONS[:5]})
     file = tmp_path / "pairs.yaml"
     file.write_text(f"name: mine\nkind: pairs\npath: {folder}\nquery: 2\ntrain: 3\n")
-    assert data_command.main(["check", str(file)]) == 2
-    assert "found 5 captions, 7 images and 7 label rows" in capsys.readouterr().err
+    with pytest.raises(VhablError, match="found 5 captions, 7 images and 7 label rows"):
+        data_command.main(["check", str(file)])
     with pytest.raises(VhablError, match=r"pairs\.yaml: key data\.sise: found an unknown key"):
         file.write_text("name: mine\nsise: 2\n")
         data_command.main(["check", str(file)])
+
+
+# Tables
+
+TABLE: list[dict[str, Any]] = [
+    {"image": f"{i}.png", "caption": caption, "labels": ["even", "odd"][i % 2]}
+    for i, caption in enumerate(CAPTIONS)
+]
+
+
+def write_table(folder: Path, kind: str, rows: list[dict[str, Any]] = TABLE) -> Path:
+    """A table in the folder of `write_pairs`, whose images it names."""
+    path = folder / f"items.{kind}"
+    columns = list(rows[0])
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            delimiter = "\t" if kind == "tsv" else ","
+            writer = csv.DictWriter(file, columns, delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def table_config(**changes: Any) -> DataConfig:
+    return replace(pairs_config(), kind="table", **changes)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_table_gives_the_same_splits_as_the_raw_layout(tmp_path: Path, kind: str) -> None:
+    folder = write_pairs(tmp_path / "p")
+    expected = load_pairs(folder, pairs_config())
+    found = load(table_config(path=str(write_table(folder, kind))))
+    for split, other in zip((found.train, found.database, found.query), expected, strict=True):
+        assert split.ids.tolist() == [Path(name).name for name in other.ids]
+        for name in ("image", "text", "labels"):
+            assert np.array_equal(getattr(split, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_cells_of_a_table(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several labels, none, a caption with a line break, an image that comes twice."""
+    folder = write_pairs(tmp_path / "p")
+    rows = [dict(row) for row in TABLE]
+    rows[0]["labels"] = "odd; even ;"
+    rows[1]["labels"] = ""
+    rows[2]["caption"] = 'two\nlines, "quoted"'
+    rows[4]["image"] = rows[3]["image"]
+    if kind == "jsonl":
+        rows[0]["labels"] = ["odd", "even"]
+        rows[1]["labels"] = None
+        rows[5]["caption"] = [CAPTIONS[5], "another"]
+    path = write_table(folder, kind, rows)
+    pairs = read_table(path, table_config())
+    assert pairs.class_names == ["even", "odd"]
+    assert pairs.ids == ["0.png", "2.png", "3.png", "3.png#5", "5.png", "6.png"]
+    assert pairs.labels.tolist() == [[1, 1], [1, 0], [0, 1], [1, 0], [0, 1], [1, 0]]
+    assert pairs.captions[1] == 'two\nlines, "quoted"' and pairs.captions[4] == CAPTIONS[5]
+    assert pairs.files[3] == folder / "images" / "3.png"
+    told = capsys.readouterr().err
+    assert told == f"note: {path}: 1 row without a label: no part in training and evaluation\n"
+    ordered = read_table(path, table_config(class_names=["odd", "even", "third"]))
+    assert ordered.labels.shape == (6, 3) and ordered.labels[0].tolist() == [1, 1, 0]
+
+
+def test_columns_of_a_table_have_names_of_their_own(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p")
+    rows = [{"file": r["image"], "text": r["caption"], "tags": r["labels"]} for r in TABLE]
+    names = {"image_column": "file", "caption_column": "text", "label_column": "tags"}
+    found = read_table(write_table(folder, "csv", rows), table_config(**names))
+    assert found.captions == CAPTIONS
+    with pytest.raises(VhablError, match=r"columns file, text, tags; expected 'image' \(key data"):
+        read_table(folder / "items.csv", table_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"image,caption,labels\n1.png,x,even\n,x,odd\n", "row 2: column image: found ''"),
+        ("a.csv", b"image,caption,labels\n1.png,x,\n", "column labels: found no label in any row"),
+        ("a.csv", b"", "column labels: found no label in any row"),
+        ("a.csv", b"image,caption,labels\n\xff,x,y\n", "found content that cannot be read"),
+        ("a.csv", b'image,caption,labels\n1.png,"x"y,even\n', "found content that cannot be read"),
+        ("a.jsonl", b'{"image": "1.png"\n', "line 1: found text that is not JSON"),
+        ("a.jsonl", b"[1]\n", "line 1: found a list; expected an object"),
+        ("a.xlsx", b"x", "found a file name that ends with '.xlsx'"),
+        ("a.parquet", b"x", "a.parquet: found "),
+    ],
+)
+def test_a_bad_table_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(VhablError, match=re.escape(said)) as caught:
+        read_table(path, table_config())
+    assert str(path) in str(caught.value)
+
+
+def test_a_label_that_is_no_class_is_named(tmp_path: Path) -> None:
+    path = write_table(write_pairs(tmp_path / "p"), "csv")
+    with pytest.raises(VhablError, match=r"items\.csv: row 2: found label 'odd'; expected one of"):
+        read_table(path, table_config(class_names=["even"]))

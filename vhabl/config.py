@@ -358,7 +358,9 @@ def _check_bits(lengths: list[int]) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    _require(data.kind in ("features", "pairs"), "data.kind", data.kind, "features or pairs")
+    kinds = ("features", "pairs", "table")
+    _require(data.kind in kinds, "data.kind", data.kind, " | ".join(kinds))
+    _require(data.separator != "", "data.separator", "''", "a text")
     scales = ("standard", "global", "none")
     _require(data.scale in scales, "data.scale", data.scale, " | ".join(scales))
     plain = data.name not in ("", ".", "..") and not set("/\\") & set(data.name)

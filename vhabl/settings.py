@@ -18,18 +18,27 @@ def key(help: str, default: Any = REQUIRED) -> Any:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = key("name of the data set, used in paths and tables")
-    kind: str = key("features (one .mat with I_tr ... L_te) or pairs (caption, index, label .mat)")
-    path: str = key("the feature file, or the folder of the pair files")
+    kind: str = key(
+        "features (one .mat with I_tr ... L_te) | pairs (caption, index, label .mat) | "
+        "table (.csv, .tsv, .jsonl or .parquet with image, caption and labels)"
+    )
+    path: str = key("the feature file, the folder of the pair files, or the table")
     scale: str = key(
         "scaling measured on the training items: standard (each feature) | "
         "global (one factor a modality) | none",
         "standard",
     )
-    image_root: str = key("pairs: folder of the images, relative to path", "images")
-    query: int = key("pairs: number of query items", 0)
-    train: int = key("pairs: number of training items", 0)
-    split_seed: int = key("pairs: seed of the permutation that draws query and training items", 1)
-    min_count: int = key("pairs: a caption word must occur in so many training captions", 2)
+    image_root: str = key("pairs, table: folder of the images, beside the files", "images")
+    image_column: str = key("table: column of the image's file name", "image")
+    caption_column: str = key("table: column of the caption", "caption")
+    label_column: str = key("table: column of the names of an item's classes", "labels")
+    separator: str = key("table: text between the names of classes in one cell", ";")
+    query: int = key("pairs, table: number of query items", 0)
+    train: int = key("pairs, table: number of training items", 0)
+    split_seed: int = key(
+        "pairs, table: seed of the permutation that draws query and training items", 1
+    )
+    min_count: int = key("pairs, table: a caption word must occur in so many training captions", 2)
     class_names: list[str] = key("names of the classes, in label order", [])
     source: str = key("where the files come from; said when they are missing", "")
 

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from vhabl.data.features import load_features
-from vhabl.data.pairs import load_pairs
+from vhabl.data.pairs import Pairs, read_pairs, to_splits
+from vhabl.data.table import read_table
 from vhabl.errors import VhablError, plural
 from vhabl.files import locate
 from vhabl.settings import DataConfig
 from vhabl.types import Dataset, Split
 
-__all__ = ["load", "validation_split", "without"]
+__all__ = ["items", "load", "validation_split", "without"]
 
 
 def load(config: DataConfig) -> Dataset:
@@ -26,14 +27,22 @@ def load(config: DataConfig) -> Dataset:
     path = locate(config.path)
     if not path.exists():
         raise VhablError(missing_message(config))
-    reader = load_features if config.kind == "features" else load_pairs
-    train, database, query = reader(path, config)
+    if config.kind == "features":
+        train, database, query = load_features(path, config)
+    else:
+        train, database, query = to_splits(items(config), config)
     notes = tuple(
         f"{role}: {plural(count, 'item')} without a label"
         for role, split in (("train", train), ("database", database), ("query", query))
         if (count := int((split.labels.sum(axis=1) == 0).sum()))
     )
     return Dataset(config.name, train, database, query, _fingerprint(train, database, query), notes)
+
+
+def items(config: DataConfig) -> Pairs:
+    """The pairs of a data set that has images and captions. Raises VhablError as `load` does."""
+    path = locate(config.path)
+    return read_table(path, config) if config.kind == "table" else read_pairs(path, config)
 
 
 def missing_message(config: DataConfig) -> str:
@@ -43,6 +52,8 @@ def missing_message(config: DataConfig) -> str:
             "one MATLAB 5 or 7.3 file with I_tr, T_tr, L_tr (training), I_db, T_db, L_db (database)"
             " and I_te, T_te, L_te (query): items x features, labels items x classes of 0 and 1"
         )
+    elif config.kind == "table":
+        layout = "a .csv, .tsv, .jsonl or .parquet table with image, caption and labels"
     else:
         layout = (
             "a folder with caption.mat, index.mat, label.mat and the images that index.mat names"

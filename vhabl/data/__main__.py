@@ -7,8 +7,8 @@ import sys
 
 from vhabl import errors
 from vhabl.config import load_data_config
-from vhabl.data import load, missing_message
-from vhabl.data.pairs import check_pairs
+from vhabl.data import items, load, missing_message
+from vhabl.data.pairs import bad_images, describe_pairs
 from vhabl.errors import EXIT_USER_ERROR, VhablError
 from vhabl.files import locate
 
@@ -27,10 +27,11 @@ def main(arguments: list[str]) -> int:
     path = locate(config.path)
     if not path.exists():
         raise VhablError(missing_message(config))
-    if config.kind == "pairs":
-        facts, problems = check_pairs(path, config)
-        for fact in facts:
+    if config.kind != "features":
+        pairs = items(config)
+        for fact in describe_pairs(pairs):
             print(fact)
+        problems = bad_images(pairs)
         if problems:
             for problem in problems:
                 print(f"error: {problem}", file=sys.stderr)

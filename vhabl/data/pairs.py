@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from PIL import Image
 
 from vhabl.data.descriptors import describe_image
 from vhabl.errors import VhablError, fail, plural
-from vhabl.files import locate
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig
 from vhabl.types import Split
@@ -28,14 +28,20 @@ _KEYS = {  # the releases' names for the same thing
 }
 
 
-def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
-    """Read pairs, draw query and training items by a seeded permutation, compute features.
+@dataclass(frozen=True)
+class Pairs:
+    """Items as files hold them: an id, a caption, an image file and a row of labels each."""
 
-    The database is all but the query items; the training items are part of it. The words are
-    those of the training captions alone. Raises VhablError where files disagree or an image
-    cannot be read.
-    """
-    captions, images = _texts(path, "caption"), _texts(path, "index")
+    ids: list[str]
+    captions: list[str]
+    files: list[Path]
+    labels: np.ndarray  # [N, C] uint8 in {0, 1}
+    class_names: list[str]  # in label order; empty where the files do not name them
+
+
+def read_pairs(path: Path, config: DataConfig) -> Pairs:
+    """Read the raw layout. Raises VhablError where files are missing, damaged or disagree."""
+    captions, names = _texts(path, "caption"), _texts(path, "index")
     labels = _column(path, "label")
     if labels.ndim != 2 or labels.dtype.kind not in "fiub" or not np.isin(labels, (0, 1)).all():
         fail(
@@ -43,10 +49,10 @@ def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
             f"shape {labels.shape} of type {labels.dtype} or values other than 0 and 1",
             "items x classes of 0 and 1",
         )
-    if not len(captions) == len(images) == len(labels):
+    if not len(captions) == len(names) == len(labels):
         fail(
             path,
-            f"{len(captions)} captions, {len(images)} images and {len(labels)} label rows",
+            f"{len(captions)} captions, {len(names)} images and {len(labels)} label rows",
             "as many of each",
         )
     if config.class_names and len(config.class_names) != labels.shape[1]:
@@ -55,52 +61,52 @@ def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
             f"{len(config.class_names)} names",
             f"{labels.shape[1]}, as label.mat has columns",
         )
-    if config.query < 1 or config.train < 2 or config.query + config.train > len(labels):
+    # Images are found by their base name under the configured folder.
+    files = [path / config.image_root / Path(name).name for name in names]
+    return Pairs(names, captions, files, labels.astype(np.uint8), config.class_names)
+
+
+def to_splits(pairs: Pairs, config: DataConfig) -> tuple[Split, Split, Split]:
+    """Draw query and training items by a seeded permutation, compute features: train, database,
+    query.
+
+    The database is all but the query items; the training items are part of it. The words are
+    those of the training captions alone. Raises VhablError where an image cannot be read.
+    """
+    items = len(pairs.ids)
+    if config.query < 1 or config.train < 2 or config.query + config.train > items:
         fail(
             "keys data.query and data.train",
             f"{config.query} and {config.train}",
-            f"at least 1 and 2, together at most the {len(labels)} items",
+            f"at least 1 and 2, together at most the {items} items",
         )
-
-    order = np.random.RandomState(config.split_seed).permutation(len(labels))
+    order = np.random.RandomState(config.split_seed).permutation(items)
     query, train = order[: config.query], order[config.query : config.query + config.train]
     database = order[config.query :]
     with ThreadPoolExecutor() as pool:
-        described = pool.map(
-            lambda file: describe_image(open_image(file)), image_files(path, config, images)
-        )
+        described = pool.map(lambda file: describe_image(open_image(file)), pairs.files)
         image = np.stack(list(described)).astype(np.float32)
-    text = _bag_of_words(captions, train, config.min_count)
-    ids = np.array(images)
-    labels = labels.astype(np.uint8)
+    text = _bag_of_words(pairs.captions, train, config.min_count)
+    ids = np.array(pairs.ids)
 
     def split(rows: np.ndarray) -> Split:
-        return Split(ids[rows], image[rows], text[rows], labels[rows])
+        return Split(ids[rows], image[rows], text[rows], pairs.labels[rows])
 
     return split(train), split(database), split(query)
 
 
-def captions_and_images(config: DataConfig) -> dict[str, tuple[str, Path]]:
-    """The first caption and the image file of every item, by its id."""
-    path = locate(config.path)
-    names, captions = _texts(path, "index"), _texts(path, "caption")
-    return dict(
-        zip(names, zip(captions, image_files(path, config, names), strict=True), strict=True)
-    )
+def describe_pairs(pairs: Pairs) -> list[str]:
+    """What the items are, in words."""
+    return [
+        plural(len(pairs.ids), "pair") + f", {pairs.labels.shape[1]} classes",
+        plural(sum(not caption.strip() for caption in pairs.captions), "empty caption"),
+        plural(int((pairs.labels.sum(axis=1) == 0).sum()), "item") + " without a label",
+        plural(len(pairs.files) - len(set(pairs.files)), "item") + " with the image of another one",
+    ]
 
 
-def image_files(path: Path, config: DataConfig, names: list[str]) -> list[Path]:
-    """Images are found by their base name under the configured folder."""
-    return [path / config.image_root / Path(name).name for name in names]
-
-
-def check_pairs(path: Path, config: DataConfig) -> tuple[list[str], list[str]]:
-    """What a folder of pairs holds, and every image that is missing or cannot be read."""
-    captions, names = _texts(path, "caption"), _texts(path, "index")
-    labels = _column(path, "label")
-    if not len(captions) == len(names) == len(labels):
-        found = f"{len(captions)} captions, {len(names)} images and {len(labels)} label rows"
-        return [], [f"{path}: found {found}; expected as many of each"]
+def bad_images(pairs: Pairs) -> list[str]:
+    """A message for every image that is missing or cannot be read."""
 
     def problem(file: Path) -> str | None:
         try:
@@ -110,14 +116,7 @@ def check_pairs(path: Path, config: DataConfig) -> tuple[list[str], list[str]]:
         return None
 
     with ThreadPoolExecutor() as pool:
-        problems = [p for p in pool.map(problem, image_files(path, config, names)) if p]
-    facts = [
-        plural(len(names), "pair") + f", {labels.shape[1]} classes",
-        plural(sum(not caption.strip() for caption in captions), "empty caption"),
-        plural(int((labels.sum(axis=1) == 0).sum()), "item") + " without a label",
-        plural(len(names) - len(set(names)), "item") + " with the image of another one",
-    ]
-    return facts, problems
+        return [p for p in pool.map(problem, pairs.files) if p]
 
 
 def open_image(path: Path) -> Image.Image:
@@ -126,7 +125,7 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        fail(path, "no such file", "the image that index.mat names")
+        fail(path, "no such file", "the image of an item")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VhablError(
             f"{path}: found an image that cannot be read ({error}); expected a whole JPEG or PNG"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vhabl.data.pairs import captions_and_images
+from vhabl.data import items
 from vhabl.evaluator import own_positions
 from vhabl.metrics import hamming_distances
 from vhabl.settings import DataConfig
@@ -52,10 +52,15 @@ class Gallery:
 
     def __init__(self, config: DataConfig, data: Dataset) -> None:
         self.data = data
-        self.pairs = captions_and_images(config) if config.kind == "pairs" else {}
+        self.pairs: dict[str, tuple[str, Path]] = {}
+        names = config.class_names
+        if config.kind != "features":
+            pairs = items(config)
+            shown = zip(pairs.captions, pairs.files, strict=True)
+            self.pairs = dict(zip(pairs.ids, shown, strict=True))
+            names = pairs.class_names
         numbered = [f"class {c + 1}" for c in range(data.spec.classes)]
-        known = len(config.class_names) == len(numbered)
-        self.class_names = np.array(config.class_names if known else numbered)
+        self.class_names = np.array(names if len(names) == len(numbered) else numbered)
 
     def item(self, name: object, labels: np.ndarray, otherwise: str) -> Item:
         caption, image = self.pairs.get(str(name), (otherwise, None))

@@ -1,0 +1,109 @@
+"""A user's own pairs as a table: CSV, JSON lines or Parquet (the file's name says which) with
+columns of images, captions and labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vhabl.data.pairs import Pairs
+from vhabl.errors import VhablError, fail, note, plural
+from vhabl.settings import DataConfig
+
+
+def read_table(path: Path, config: DataConfig) -> Pairs:
+    """Read a table. Rows without a label take no part, and a note says how many there are.
+
+    Labels are names: a list, or a text with `data.separator` between them. Image paths are relative
+    to `data.image_root` in the table's folder. Raises VhablError naming the file and the row.
+    """
+    rows = list(_rows(path))
+    columns = {"image": config.image_column, "caption": config.caption_column}
+    columns["labels"] = config.label_column
+    for key, column in columns.items():
+        for number, row in enumerate(rows[:1], 1):
+            if column not in row:
+                known = ", ".join(map(str, row))
+                hint = "label_column" if key == "labels" else f"{key}_column"
+                fail(f"{path}: row {number}", f"columns {known}", f"{column!r} (key data.{hint})")
+    labels = [_labels(row.get(columns["labels"]), config.separator) for row in rows]
+    kept = [number for number, own in enumerate(labels) if own]
+    if not kept:
+        fail(f"{path}: column {columns['labels']}", "no label in any row", "names of classes")
+    if len(kept) < len(rows):
+        left_out = plural(len(rows) - len(kept), "row")
+        note(f"{path}: {left_out} without a label: no part in training and evaluation")
+    names = config.class_names or sorted({name for number in kept for name in labels[number]})
+    place = {name: i for i, name in enumerate(names)}
+    matrix = np.zeros((len(kept), len(names)), np.uint8)
+    ids, captions, files, seen = [], [], [], set()
+    for item, number in enumerate(kept):
+        for name in labels[number]:
+            if name not in place:
+                fail(f"{path}: row {number + 1}", f"label {name!r}", "one of data.class_names")
+            matrix[item, place[name]] = 1
+        image = rows[number].get(columns["image"])
+        if not isinstance(image, str) or not image:
+            fail(f"{path}: row {number + 1}: column {columns['image']}", repr(image), "a file name")
+        caption = rows[number].get(columns["caption"])
+        if isinstance(caption, list):  # of several captions the first, so that codes are repeatable
+            caption = caption[0] if caption else ""
+        ids.append(f"{image}#{number + 1}" if image in seen else image)
+        seen.add(image)
+        captions.append("" if caption is None else str(caption))
+        files.append(path.parent / config.image_root / image)
+    return Pairs(ids, captions, files, matrix, list(names))
+
+
+def _labels(cell: Any, separator: str) -> list[str]:
+    if cell is None:
+        return []
+    parts = cell if isinstance(cell, list) else str(cell).split(separator)
+    return [name for name in (str(part).strip() for part in parts) if name]
+
+
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    kinds = ".csv, .tsv, .jsonl or .parquet"
+    ending = path.suffix.lower()
+    try:
+        if ending == ".parquet":
+            return _parquet_rows(path)
+        if ending not in (".csv", ".tsv", ".jsonl"):
+            fail(path, f"a file name that ends with {ending!r}", f"a table: {kinds}")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if ending == ".jsonl":
+                return [_json_row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
+            delimiter = "\t" if ending == ".tsv" else ","
+            return list(csv.DictReader(file, delimiter=delimiter, strict=True))
+    except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
+        fail(path, f"content that cannot be read ({error})", f"a table: {kinds}")
+
+
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        fail(f"{path}: line {number}", f"text that is not JSON ({error})", "an object")
+    if not isinstance(row, dict):
+        fail(f"{path}: line {number}", f"a {type(row).__name__}", "an object")
+    return row
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise VhablError(
+            f"{path}: found a Parquet file and no pyarrow; expected it: pip install pyarrow"
+        ) from None
+    try:
+        return list(parquet.read_table(path).to_pylist())
+    except (ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        fail(path, f"content that cannot be read ({reason})", "a Parquet table")
