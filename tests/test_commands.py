@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from vhabl import baselines, errors, importance, runs, train
 from vhabl import eval as evaluation
+from vhabl.config import load_baselines
 from vhabl.data import load as load_data
 from vhabl.report import __main__ as report
 from vhabl.settings import DataConfig
@@ -615,3 +616,16 @@ def test_baselines_have_rows_for_the_cross_modal_tasks(feature_file: Path) -> No
         assert found["chance", task, 8] == pytest.approx(found["chance", "fused", 8])
         assert found["CCA + ITQ", task, 4] > found["chance", task, 4] + 0.2
     assert found["CCA + ITQ", "i2t", 4] != found["CCA + ITQ", "t2i", 4]
+
+
+def test_a_run_on_pairs_says_which_items_were_drawn(feature_file: Path, command) -> None:
+    small = ["bits=[8]", "epochs=1", "validation.fraction=0", "model.dim=8", "device=cpu"]
+    recipe = ROOT / "configs" / "nested_mlp.yaml"
+    code, _, err = command(train.main, "--config", recipe, "--quiet", "data=emoji", *small)
+    assert code == 0, err
+    drawn = json.loads(Path("checkpoint/emoji/nested_mlp/0/split.json").read_text())
+    data = load_data(load_baselines(["data=emoji"]).data)
+    assert drawn["query"] == data.query.ids.tolist() and len(drawn["query"]) == 200
+    assert drawn["train"] == data.train.ids.tolist() and len(drawn["train"]) == 1000
+    assert command(train.main, *training(feature_file, "epochs=1"))[0] == 0
+    assert not Path("checkpoint/wiki/vh_abl/0/split.json").exists()  # the file has its split

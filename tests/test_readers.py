@@ -26,7 +26,7 @@ from PIL import Image
 from vhabl.data import __main__ as data_command
 from vhabl.data import load, validation_split, without
 from vhabl.data.features import load_features
-from vhabl.data.pairs import read_pairs, to_splits, words
+from vhabl.data.pairs import draw, read_pairs, to_splits, words
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
 from vhabl.matfile import is_hdf5, read_mat
@@ -632,6 +632,27 @@ def test_pairs_become_splits(tmp_path: Path) -> None:
         assert (split.image.dtype, split.text.dtype) == (np.float32, np.float32)
     distinct = {tuple(row) for row in by_id(splits, "image").values()}
     assert len(distinct) == 7, "each item has its own image's features"
+
+
+@pytest.mark.parametrize(
+    ("seed", "items", "queries", "first_queries", "first_train"),
+    [  # the splits of CMCL (seed 1) and PGHMH (seed 1814) on MIRFlickr, NUS-WIDE and MS COCO
+        (1, 20_015, 2000, [11550, 16587, 6189, 5542], [1204, 4300, 1160, 6806]),
+        (1, 190_421, 2100, [114085, 13813, 155323, 21038], [168487, 89960, 135508, 39379]),
+        (1, 122_218, 5000, [89146, 35722, 24652, 90025], [118914, 104544, 84655, 31249]),
+        (1814, 24_581, 2000, [21572, 1377, 336, 2853], [14906, 918, 13433, 4788]),
+        (1814, 122_218, 5000, [110374, 106988, 64378, 99951], [47900, 644, 2816, 8035]),
+    ],
+)
+def test_the_published_splits_are_drawn(
+    seed: int, items: int, queries: int, first_queries: list[int], first_train: list[int]
+) -> None:
+    config = pairs_config(split_seed=seed, query=queries, train=10_000)
+    train, database, query = draw(items, config)
+    assert query[:4].tolist() == first_queries and train[:4].tolist() == first_train
+    assert (len(train), len(query), len(database)) == (10_000, queries, items - queries)
+    assert np.array_equal(np.sort(np.concatenate([query, database])), np.arange(items))
+    assert np.array_equal(database[:10_000], train)  # the training items are in the database
 
 
 def test_another_seed_draws_other_queries(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ weights.safetensors  parameters and buffers; its header repeats the configuratio
                      widths and digest, so that the file alone is a model
 metrics.json         a flat list of records
 history.json         losses and validation of every epoch
+split.json           which items were drawn as queries and for training (pairs and tables)
 environment.json     versions, device, git revision, command
 tensorboard/         the same losses as scalars
 state.pt             while training is under way: what `resume=true` goes on from
@@ -72,6 +73,9 @@ def save(
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
         save_file(tensors, str(path), metadata=header)
     write_json(folder / HISTORY_FILE, history)
+    if config.data.kind != "features":  # feature files come with their split
+        drawn = {"query": data.query.ids.tolist(), "train": data.train.ids.tolist()}
+        write_json(folder / "split.json", drawn)
     write_json(folder / "environment.json", environment())
     write_json(folder / METRICS_FILE, [row.as_dict() for row in rows])
 

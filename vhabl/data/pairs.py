@@ -66,14 +66,13 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
     return Pairs(names, captions, files, labels.astype(np.uint8), config.class_names)
 
 
-def to_splits(pairs: Pairs, config: DataConfig) -> tuple[Split, Split, Split]:
-    """Draw query and training items by a seeded permutation, compute features: train, database,
-    query.
+def draw(items: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of the training, database and query items by a seeded permutation, as the releases
+    draw them (NumPy's legacy generator, queries first).
 
-    The database is all but the query items; the training items are part of it. The words are
-    those of the training captions alone. Raises VhablError where an image cannot be read.
+    The database is all but the query items; the training items are part of it. Raises VhablError
+    where there are too few items.
     """
-    items = len(pairs.ids)
     if config.query < 1 or config.train < 2 or config.query + config.train > items:
         fail(
             "keys data.query and data.train",
@@ -81,8 +80,17 @@ def to_splits(pairs: Pairs, config: DataConfig) -> tuple[Split, Split, Split]:
             f"at least 1 and 2, together at most the {items} items",
         )
     order = np.random.RandomState(config.split_seed).permutation(items)
-    query, train = order[: config.query], order[config.query : config.query + config.train]
-    database = order[config.query :]
+    rest = order[config.query :]
+    return rest[: config.train], rest, order[: config.query]
+
+
+def to_splits(pairs: Pairs, config: DataConfig) -> tuple[Split, Split, Split]:
+    """Training items, database and queries with computed features.
+
+    The words are those of the training captions alone. Raises VhablError where there are too few
+    items, or an image cannot be read.
+    """
+    train, database, query = draw(len(pairs.ids), config)
     with ThreadPoolExecutor() as pool:
         described = pool.map(lambda file: describe_image(open_image(file)), pairs.files)
         image = np.stack(list(described)).astype(np.float32)
