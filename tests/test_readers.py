@@ -986,6 +986,8 @@ def test_columns_of_a_table_have_names_of_their_own(tmp_path: Path) -> None:
         ("a.csv", b"", "column labels: found no label in any row"),
         ("a.csv", b"image,caption,labels\n\xff,x,y\n", "found content that cannot be read"),
         ("a.csv", b'image,caption,labels\n1.png,"x"y,even\n', "found content that cannot be read"),
+        ("a.csv", b"image,caption,labels\n1.png,a, b,even\n", "row 1: found more or fewer cells"),
+        ("a.csv", b"image,caption,labels\n1.png,a\n", "row 1: found more or fewer cells"),
         ("a.jsonl", b'{"image": "1.png"\n', "line 1: found text that is not JSON"),
         ("a.jsonl", b"[1]\n", "line 1: found a list; expected an object"),
         ("a.xlsx", b"x", "found a file name that ends with '.xlsx'"),

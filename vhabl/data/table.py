@@ -24,18 +24,15 @@ def read_table(path: Path, config: DataConfig) -> Pairs:
     to `data.image_root` in the table's folder. Raises VhablError naming the file and the row.
     """
     rows = list(_rows(path))
-    columns = {"image": config.image_column, "caption": config.caption_column}
-    columns["labels"] = config.label_column
-    for key, column in columns.items():
-        for number, row in enumerate(rows[:1], 1):
-            if column not in row:
-                known = ", ".join(map(str, row))
-                hint = "label_column" if key == "labels" else f"{key}_column"
-                fail(f"{path}: row {number}", f"columns {known}", f"{column!r} (key data.{hint})")
-    labels = [_labels(row.get(columns["labels"]), config.separator) for row in rows]
+    for key in ("image_column", "caption_column", "label_column"):
+        column = getattr(config, key)
+        if rows and column not in rows[0]:
+            known = ", ".join(rows[0])
+            fail(f"{path}: row 1", f"columns {known}", f"{column!r} (key data.{key})")
+    labels = [_labels(row.get(config.label_column), config.separator) for row in rows]
     kept = [number for number, own in enumerate(labels) if own]
     if not kept:
-        fail(f"{path}: column {columns['labels']}", "no label in any row", "names of classes")
+        fail(f"{path}: column {config.label_column}", "no label in any row", "names of classes")
     if len(kept) < len(rows):
         left_out = plural(len(rows) - len(kept), "row")
         note(f"{path}: {left_out} without a label: no part in training and evaluation")
@@ -44,14 +41,15 @@ def read_table(path: Path, config: DataConfig) -> Pairs:
     matrix = np.zeros((len(kept), len(names)), np.uint8)
     ids, captions, files, seen = [], [], [], set()
     for item, number in enumerate(kept):
+        where = f"{path}: row {number + 1}"
         for name in labels[number]:
             if name not in place:
-                fail(f"{path}: row {number + 1}", f"label {name!r}", "one of data.class_names")
+                fail(where, f"label {name!r}", "one of data.class_names")
             matrix[item, place[name]] = 1
-        image = rows[number].get(columns["image"])
+        image = rows[number].get(config.image_column)
         if not isinstance(image, str) or not image:
-            fail(f"{path}: row {number + 1}: column {columns['image']}", repr(image), "a file name")
-        caption = rows[number].get(columns["caption"])
+            fail(f"{where}: column {config.image_column}", repr(image), "a file name")
+        caption = rows[number].get(config.caption_column)
         if isinstance(caption, list):  # of several captions the first, so that codes are repeatable
             caption = caption[0] if caption else ""
         ids.append(f"{image}#{number + 1}" if image in seen else image)
@@ -80,9 +78,13 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
             if ending == ".jsonl":
                 return [_json_row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
             delimiter = "\t" if ending == ".tsv" else ","
-            return list(csv.DictReader(file, delimiter=delimiter, strict=True))
+            rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
     except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
         fail(path, f"content that cannot be read ({error})", f"a table: {kinds}")
+    for number, row in enumerate(rows, 1):  # a comma without quotes moves all cells after it
+        if None in row or None in row.values():
+            fail(f"{path}: row {number}", "more or fewer cells than columns", "one cell a column")
+    return rows
 
 
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
