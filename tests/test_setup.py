@@ -100,7 +100,8 @@ def set_up(
         env={
             **clean, "PATH": f"{tools}:{clean['PATH']}", "PYTHON": sys.executable,
             "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": default_index,
-            "PIP_RETRIES": "0", "VHABL_TORCH_CPU_INDEX": cpu_index, **more,
+            "PIP_RETRIES": "0", "VHABL_TORCH_CPU_INDEX": cpu_index, "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1", **more,
         },
     )  # fmt: skip
     files = list(project.glob(".venv/lib/*/site-packages/*.dist-info/METADATA"))
