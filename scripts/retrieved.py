@@ -13,9 +13,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from vhabl import errors, runs
+from vhabl.data.pairs import open_image
 from vhabl.files import atomic_path
 from vhabl.report.gallery import Gallery, Item
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
 
-    ((run, data, codes),) = runs.encoded([given.checkpoint], [given.bits], [])
+    ((run, data, codes),) = runs.encoded([runs.load(given.checkpoint)], [given.bits], [])
     if run.config.data.kind == "features":
         errors.fail(given.checkpoint, f"data of kind {run.config.data.kind}", "image-text pairs")
     gallery = Gallery(run.config.data, data)
@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> int:
 
 def show(axes: plt.Axes, item: Item, label: str, colour: str) -> None:
     assert item.image is not None
-    with Image.open(item.image) as image:
-        axes.imshow(image.convert("RGB"))
+    image = open_image(item.image)
+    axes.imshow(image)
     side = image.size[0]
     axes.add_patch(Rectangle((-0.5, -0.5), side, side, fill=False, color=colour, linewidth=1.5))
     axes.set_title(label, fontsize=7, color=colour, pad=2)

@@ -120,7 +120,7 @@ def evaluate_runs(
 ) -> list[Record]:
     """Encode and measure again every run at or below a folder."""
     rows: list[Record] = []
-    for run, data, found in runs.encoded(runs.find(folder), bits, overrides):
+    for run, data, found in runs.encoded(map(runs.load, runs.find(folder)), bits, overrides):
         rows += records(run.method.title, data, found, run.config.seed, measures, keep_own)
         if measures != "headline":
             rows += real_valued_records(run.method, data, list(found), run.config.seed, keep_own)
@@ -156,7 +156,7 @@ def _query_precisions(
 ) -> dict[tuple[int, str], list[np.ndarray]]:
     """AP of each query (0 where it has no match) of every run at or below a folder."""
     found: dict[tuple[int, str], list[np.ndarray]] = {}
-    for _, data, codes_of_run in runs.encoded(runs.find(folder), bits, overrides):
+    for _, data, codes_of_run in runs.encoded(map(runs.load, runs.find(folder)), bits, overrides):
         own = own_positions(data.query.ids, data.database.ids)
         for length, tasks in codes_of_run.items():
             for task, part in tasks.items():

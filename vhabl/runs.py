@@ -17,7 +17,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -183,13 +183,12 @@ def find(folder: Path) -> list[Path]:
 
 
 def encoded(
-    folders: Sequence[Path], bits: Sequence[int] | None, overrides: Sequence[str]
+    found: Iterable[Run], bits: Sequence[int] | None, overrides: Sequence[str]
 ) -> Iterator[tuple[Run, Dataset, dict[int, dict[str, Codes]]]]:
     """Each run, its data and its codes of the lengths asked for, or of those it was trained for."""
     data: Dataset | None = None
     data_config: DataConfig | None = None
-    for folder in folders:
-        run = load(folder)
+    for run in found:
         config = override(run.config, overrides)
         if data is None or config.data != data_config:  # runs on the same data share them
             data, data_config = load_data(config.data), config.data

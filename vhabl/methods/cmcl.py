@@ -171,10 +171,10 @@ class CMCL(HashingMethod):
                     "intra": weight.intra * losses.likelihood(memory[view], h, similar),
                     "quantisation": weight.quantisation * F.mse_loss(h, signs),
                 }
+                if k != longest:
+                    share = weight.auxiliary * weight.reconstruction
+                    rebuilt = self.decode[str(k)](h)
+                    parts["reconstruction"] = share * F.mse_loss(rebuilt, target)
                 for name, value in parts.items():
                     terms[name] = terms.get(name, 0) + factor * value
-                if k != longest:
-                    rebuilt = F.mse_loss(self.decode[str(k)](h), target)
-                    share = weight.auxiliary * weight.reconstruction
-                    terms["reconstruction"] = terms.get("reconstruction", 0) + share * rebuilt
         return terms

@@ -42,23 +42,16 @@ def main(arguments: list[str]) -> int:
     out = given.out or folders[0] / "report"
     for data in data_sets:
         print(f"\n{data}")
-        rows = [row for rows in records.values() for row in rows if row.data == data]
+        own = {folder: rows for folder, rows in records.items() if rows and rows[0].data == data}
+        trained = [folder for folder in own if (folder / WEIGHTS_FILE).is_file()]
         # Reference rows are for the tasks that a trained method serves.
-        served = {
-            row.task
-            for folder, found in records.items()
-            if (folder / WEIGHTS_FILE).is_file()
-            for row in found
-            if row.data == data
-        }
-        rows = [row for row in rows if row.task in served or not served]
+        served = {row.task for folder in trained for row in own[folder]}
+        rows = [r for found in own.values() for r in found if r.task in served or not served]
         print_table(rows, given.measure, with_published=True)
         if given.table_only:
             continue
         target = out if len(data_sets) == 1 else out / data
-        of_data = [folder for folder, rows in records.items() if rows and rows[0].data == data]
-        run_folders = [folder for folder in of_data if (folder / WEIGHTS_FILE).is_file()]
-        page.write(target, rows, run_folders, overrides)
+        page.write(target, rows, trained, overrides)
         print(f"report: {target / 'index.html'}")
     return 0
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vhabl.data import items
+from vhabl.data.pairs import open_image
 from vhabl.evaluator import own_positions
 from vhabl.metrics import hamming_distances
 from vhabl.settings import DataConfig
@@ -32,8 +32,7 @@ class Item:
     def source(self) -> str:
         """The image as a data URI that holds a thumbnail."""
         assert self.image is not None
-        with Image.open(self.image) as image:
-            small = image.convert("RGB")
+        small = open_image(self.image)
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         stored = io.BytesIO()
         small.save(stored, "WEBP", quality=85)
@@ -52,6 +51,7 @@ class Gallery:
 
     def __init__(self, config: DataConfig, data: Dataset) -> None:
         self.data = data
+        self.own = own_positions(data.query.ids, data.database.ids)
         self.pairs: dict[str, tuple[str, Path]] = {}
         names = config.class_names
         if config.kind != "features":
@@ -70,9 +70,10 @@ class Gallery:
         """A query and the `top` items nearest to it; items at equal distance in their order."""
         data = self.data
         distances = hamming_distances(codes.query[query : query + 1], codes.database)[0]
-        own = own_positions(data.query.ids[query : query + 1], data.database.ids)
         nearest = np.argsort(distances, kind="stable")[: top + 1]
-        nearest = nearest[~np.isin(nearest, own if own is not None else [])][:top]
+        if self.own is not None:
+            nearest = nearest[nearest != self.own[query]]
+        nearest = nearest[:top]
         labels = codes.query_labels[query]
         hits = [
             Hit(

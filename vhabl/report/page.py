@@ -61,7 +61,7 @@ def write(
     ):
         write_text(out / f"table.{ending}", text)
     try:
-        inspected = inspect([run.folder for run in first], overrides)
+        inspected = inspect(first, overrides)
     except VhablError as error:
         reason = str(error).splitlines()[0]
         note(f"no codes and no retrieved items in the report: {reason}")
@@ -118,23 +118,25 @@ def first_runs(folders: Sequence[Path]) -> list[runs.Run]:
     return list(found.values())
 
 
-def inspect(run_folders: Sequence[Path], overrides: Sequence[str]) -> Inspected:
+def inspect(first: Sequence[runs.Run], overrides: Sequence[str]) -> Inspected:
     """Encode with each run and look at its codes. Raises VhablError where data are missing."""
     importance: dict[str, np.ndarray | None] = {}
     longest: dict[str, dict[str, Codes]] = {}
-    galleries, sizes = [], ""
-    for run, data, codes in runs.encoded(run_folders, None, overrides):
+    galleries: list[Section] = []
+    gallery: Gallery | None = None
+    for run, data, codes in runs.encoded(first, None, overrides):
         title = run.method.title
         weights = run.method.bit_importance()
         importance[title] = None if weights is None else weights.cpu().numpy()
         longest[title] = codes[max(codes)]
-        gallery = Gallery(run.config.data, data)
+        if gallery is None or gallery.data is not data:  # runs on the same data share it
+            gallery = Gallery(run.config.data, data)
         bits = GALLERY_BITS if GALLERY_BITS in codes else max(codes)
         for task, found in codes[bits].items():
             queries = sample_of_queries(found, QUERIES)
             name = f"{title}, {bits} bits" + ("" if task == "fused" else f", {task}")
             galleries.append(Section(name, [gallery.row(found, q, TOP) for q in queries]))
-        sizes = describe(data)
+    sizes = "" if gallery is None else describe(gallery.data)
     return Inspected(figures.from_codes(importance, longest), galleries, sizes)
 
 
