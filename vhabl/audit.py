@@ -25,7 +25,7 @@ from vhabl import errors, runs
 from vhabl.config import override
 from vhabl.data import load as load_data
 from vhabl.data.images import rows_in_order
-from vhabl.evaluator import encode, relaxed_codes
+from vhabl.evaluator import encode, relaxed_codes, shown
 from vhabl.methods.base import HashingMethod
 from vhabl.metrics import evaluate
 from vhabl.published import best_honest
@@ -241,7 +241,7 @@ def audit_codes(path: Path) -> bool:
     for task, codes in code_files.load(path).items():
         found = bit_errors(codes.query, codes.query_labels)
         verdict = verdict or found.implausible
-        print(f"{path} ({task}, {codes.bits} bits)")
+        print(f"{shown(str(path), codes.oracle_labels)} ({task}, {codes.bits} bits)")
         for line in evidence(path.name, task, codes, found):
             print(f"  {line}")
     return verdict
@@ -299,6 +299,7 @@ def main(arguments: list[str]) -> int:
     data = load_data(config.data, config.encoder)
     runs.check_data(run, data)
     trials = audit_checkpoint(run.method, data)
+    print(shown(f"{config.method} on {data.name}", config.oracle_labels))
     for trial in trials:
         near = f", {trial.near_zero} within {NEAR_ZERO:g} of zero" if trial.near_zero else ""
         print(f"{trial.name}: {trial.changed} of {trial.bits:,} bits changed{near}")

@@ -17,6 +17,7 @@ from vhabl.files import atomic_path
 from vhabl.matfile import read_mat
 from vhabl.types import Codes
 
+_ORACLE = "oracle_labels"
 _LAYOUT = "val_B, retrieval_B, L_te, L_db (fused) or q_img, q_txt, r_img, r_txt, q_l, r_l (cross)"
 
 
@@ -54,6 +55,8 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
 
     tasks: {"fused": codes}, or {"i2t": codes, "t2i": codes} where the query of i2t and the database
     of t2i are the images' codes. The .npz holds the same arrays packed, with `bits`.
+
+    Codes made from the labels that judge them have the key `oracle_labels` in both.
     """
     first = next(iter(tasks.values()))
     if "fused" in tasks:
@@ -68,6 +71,8 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
             "r_txt": i2t.database,
         }
         labels = {"q_l": first.query_labels, "r_l": first.database_labels}
+    if first.oracle_labels:
+        labels[_ORACLE] = np.array(1, np.uint8)
     mat = folder / mat_name(title, first.bits, data)
     with atomic_path(mat) as path:
         content = {k: v.astype(np.float32) for k, v in arrays.items()} | labels
@@ -129,7 +134,8 @@ def load(path: Path) -> dict[str, Codes]:
                     f"{len(codes)} codes for {len(labels)} label rows",
                     "as many",
                 )
-        result[task] = Codes(query, database, query_labels, database_labels)
+        oracle = _ORACLE in arrays
+        result[task] = Codes(query, database, query_labels, database_labels, oracle)
     return result
 
 

@@ -22,6 +22,7 @@ from vhabl.evaluator import (
     own_positions,
     real_valued_records,
     records,
+    shown,
     with_one_modality,
 )
 from vhabl.metrics import per_query, permutation_test
@@ -123,9 +124,7 @@ def evaluate_runs(
     rows: list[Record] = []
     for run, data, found in runs.encoded(map(runs.load, runs.find(folder)), bits, overrides):
         config, everything = run.config, with_one_modality(run.method, data, found)
-        rows += records(
-            config.title, data, everything, config.seed, measures, keep_own, config.oracle_labels
-        )
+        rows += records(config.title, data, everything, config.seed, measures, keep_own)
         if measures != "headline":
             rows += real_valued_records(
                 run.method, data, list(found), config.seed, keep_own, config.title
@@ -137,8 +136,12 @@ def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> s
     """A line for each length: both means, their difference and its p-value under the paired
     permutation test on per-query AP, each query's AP averaged over the seeds of a row.
     """
-    rows = [_query_precisions(folder, bits, overrides) for folder in (a, b)]
-    lines = [f"mAP@all, expected order of ties; A = {a}, B = {b}"]
+    (rows_a, oracle_a), (rows_b, oracle_b) = (
+        _query_precisions(folder, bits, overrides) for folder in (a, b)
+    )
+    rows = rows_a, rows_b
+    named = f"A = {shown(str(a), oracle_a)}, B = {shown(str(b), oracle_b)}"
+    lines = [f"mAP@all, expected order of ties; {named}"]
     for key in rows[0]:
         if key not in rows[1]:
             continue
@@ -159,16 +162,20 @@ def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> s
 
 def _query_precisions(
     folder: Path, bits: list[int] | None, overrides: list[str]
-) -> dict[tuple[int, str], list[np.ndarray]]:
-    """AP of each query (0 where it has no match) of every run at or below a folder."""
+) -> tuple[dict[tuple[int, str], list[np.ndarray]], bool]:
+    """AP of each query (0 where it has no match) of every run at or below a folder, and whether
+    any was made with oracle labels.
+    """
     found: dict[tuple[int, str], list[np.ndarray]] = {}
+    oracle = False
     for _, data, codes_of_run in runs.encoded(map(runs.load, runs.find(folder)), bits, overrides):
         own = own_positions(data.query.ids, data.database.ids)
         for length, tasks in codes_of_run.items():
             for task, part in tasks.items():
                 values = np.nan_to_num(per_query(part, own=own))
                 found.setdefault((length, task), []).append(values)
-    return found
+                oracle = oracle or part.oracle_labels
+    return found, oracle
 
 
 def evaluate_files(paths: list[Path], measures: MeasureSet) -> list[Record]:
@@ -177,7 +184,7 @@ def evaluate_files(paths: list[Path], measures: MeasureSet) -> list[Record]:
     for path in paths:
         for task, found in codes.load(path).items():
             name = str(path)
-            oracle = "oracle labels" in path.name  # how such files are called
+            oracle = found.oracle_labels
             template = Record(name, "file", task, found.bits, "", 0.0, 0, "", oracle, 0, 0, "all")
             rows += measure(found, template, measures)
     return rows

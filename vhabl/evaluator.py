@@ -131,15 +131,18 @@ def _of_all(
 
 
 def to_tasks(
-    query: dict[str, np.ndarray], database: dict[str, np.ndarray], data: Dataset
+    query: dict[str, np.ndarray],
+    database: dict[str, np.ndarray],
+    data: Dataset,
+    oracle_labels: bool = False,
 ) -> dict[str, Codes]:
     """The retrieval tasks that a method's views serve: fused, or i2t and t2i."""
-    labels = data.query.labels, data.database.labels
+    rest = data.query.labels, data.database.labels, oracle_labels
     if "fused" in query:
-        return {"fused": Codes(query["fused"], database["fused"], *labels)}
+        return {"fused": Codes(query["fused"], database["fused"], *rest)}
     return {
-        "i2t": Codes(query["image"], database["text"], *labels),
-        "t2i": Codes(query["text"], database["image"], *labels),
+        "i2t": Codes(query["image"], database["text"], *rest),
+        "t2i": Codes(query["text"], database["image"], *rest),
     }
 
 
@@ -149,7 +152,8 @@ def code_tasks(
     """Codes of queries and database for every length and task."""
     query = encode(method, data.query, lengths)
     database = encode(method, data.database, lengths)
-    return {bits: to_tasks(query[bits], database[bits], data) for bits in lengths}
+    oracle = method.oracle_labels
+    return {bits: to_tasks(query[bits], database[bits], data, oracle) for bits in lengths}
 
 
 def with_one_modality(
@@ -177,7 +181,6 @@ def records(
     seed: int,
     measures: MeasureSet = "headline",
     keep_own: bool = False,
-    oracle_labels: bool = False,
 ) -> list[Record]:
     """Measures of codes at every length, on the whole database and, where some of it was trained
     on and some not, on the database without the training items. A query that is in the database
@@ -195,16 +198,15 @@ def records(
     for bits, tasks in codes.items():
         for task, found in tasks.items():
             for database, items in databases.items():
-                part = Codes(
-                    found.query,
-                    found.database[items],
-                    found.query_labels,
-                    found.database_labels[items],
+                part = replace(
+                    found,
+                    database=found.database[items],
+                    database_labels=found.database_labels[items],
                 )
                 kind, left_out = _own_items(own[database], keep_own)
                 template = Record(
-                    title, data.name, task, bits, "", 0.0, seed, "", oracle_labels, 0, 0, database,
-                    kind,
+                    title, data.name, task, bits, "", 0.0, seed, "", found.oracle_labels, 0, 0,
+                    database, kind,
                 )  # fmt: skip
                 rows += measure(part, template, measures, left_out)
     return rows

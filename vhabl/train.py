@@ -65,8 +65,7 @@ def train(config: Config, data: Dataset, progress_bar: bool = True) -> list[Reco
     seen = trainer.data  # with what a frozen encoder made of it
     found = code_tasks(method, seen, config.bits)
     everything = with_one_modality(method, seen, found)
-    oracle = config.oracle_labels
-    rows = records(config.title, seen, everything, config.seed, "curves", oracle_labels=oracle)
+    rows = records(config.title, seen, everything, config.seed, "curves")
     rows += real_valued_records(method, seen, config.bits, config.seed, title=config.title)
     if config.code_folder is not None:
         for tasks in found.values():

@@ -218,13 +218,15 @@ class Codes:
 
     query [Q, bits] and database [N, bits]: int8 in {-1, +1}, the most important bit first where the
     method ranks bits; query_labels [Q, C] and database_labels [N, C]: uint8 in {0, 1}, or degrees
-    from 0 up, which the measures with a graded gain follow.
+    from 0 up, which the measures with a graded gain follow. oracle_labels: the codes were made from
+    the labels that judge them; whatever is made of them says so.
     """
 
     query: np.ndarray
     database: np.ndarray
     query_labels: np.ndarray
     database_labels: np.ndarray
+    oracle_labels: bool = False
 
     @property
     def bits(self) -> int:
