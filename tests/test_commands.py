@@ -311,7 +311,7 @@ def test_a_checkpoint_of_another_data_set(run_folder: Path, tmp_path: Path, comm
     assert code == 2 and re.search(r"weights\.safetensors: data: found a model of", err)
 
 
-@pytest.mark.parametrize("how", ["truncated", "text", "empty", "other tensors", "no header"])
+@pytest.mark.parametrize("how", ["truncated", "text", "empty", "bit", "tensors", "header"])
 def test_a_damaged_checkpoint(run_folder: Path, how: str, command) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -326,13 +326,20 @@ def test_a_damaged_checkpoint(run_folder: Path, how: str, command) -> None:
         weights.write_text("not weights")
     elif how == "empty":
         weights.write_bytes(b"")
-    elif how == "other tensors":
+    elif how == "bit":
+        content = bytearray(weights.read_bytes())
+        content[-6] ^= 1
+        weights.write_bytes(content)
+    elif how == "tensors":
         tensors.pop("classifier.bias")
         save_file(tensors, str(weights), metadata=header)
     else:
         save_file(tensors, str(weights))
     code, _, err = command(evaluation.main, "--checkpoint", run_folder)
-    assert code == 2 and "weights.safetensors: found" in one_message(err)
+    found = {"bit": r"other values than were saved", "tensors": r"no tensor classifier\.bias"}
+    assert code == 2 and re.search(
+        rf"weights\.safetensors: found {found.get(how, '')}", one_message(err)
+    )
 
 
 def test_no_run_in_the_folder(tmp_path: Path, command) -> None:

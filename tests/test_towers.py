@@ -11,8 +11,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import scipy.io
 import torch
-from helpers import COLOURS, TINY_TOWERS, pair_config, small_config, write_pair_folder
+from helpers import COLOURS, TINY_TOWERS, cells, pair_config, small_config, write_pair_folder
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -401,6 +402,18 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
         open_image(file)
 
 
+@pytest.mark.parametrize("size", [(513, 2), (2, 513)])
+def test_an_absurdly_long_picture_is_refused(size: tuple[int, int], tmp_path: Path) -> None:
+    """Its short side is enlarged to the side of the towers, and its long one with it."""
+    file = tmp_path / "line.png"
+    Image.new("RGB", (512, 2)).save(file)
+    assert open_image(file).size == (512, 2)
+    Image.new("RGB", size).save(file)
+    found = rf"line.png: found an image that cannot be read \({size[0]} x {size[1]} pixels\)"
+    with pytest.raises(VhablError, match=found):
+        open_image(file)
+
+
 def split_of(files: list[Path], workers: int) -> Split:
     store = ImageFiles(files, 16, squeeze=False, workers=workers)
     count = len(files)
@@ -433,6 +446,34 @@ def test_few_pictures_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     assert isinstance(kept, np.ndarray) and np.array_equal(kept, store[:])
     monkeypatch.setattr("vhabl.data.images.IN_MEMORY", kept.nbytes - 1)
     assert store.in_memory() is store
+
+
+def test_the_digest_of_a_data_set_sees_every_picture_and_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory by their content; in files also by the size of each, which a sample would miss."""
+    folder = write_pair_folder(tmp_path / "p")
+    config = pair_config(folder)
+
+    def digest() -> str:
+        return load_data(config.data, config.encoder).fingerprint
+
+    found = [digest()]
+    for image in ("3", "59"):
+        Image.new("RGB", (40, 40), "white").save(folder / "images" / f"{image}.png")
+        found.append(digest())
+    captions = list(scipy.io.loadmat(folder / "caption.mat", squeeze_me=True)["caption"])
+    captions[6][1] = "another second caption"
+    scipy.io.savemat(folder / "caption.mat", {"caption": cells(captions)})
+    found.append(digest())
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 0)
+    found.append(digest())
+    with (folder / "images" / "5.png").open("ab") as file:
+        file.write(b"\0")  # the same pixels
+    found.append(digest())
+    Image.new("RGB", (40, 40), "black").save(folder / "images" / "59.png")
+    found.append(digest())
+    assert len(set(found)) == len(found) and found[-1] == digest()
 
 
 def test_one_of_several_captions_is_drawn_in_training_and_the_first_elsewhere() -> None:

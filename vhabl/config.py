@@ -412,7 +412,7 @@ def _check_data(data: DataConfig) -> None:
     scales = ("standard", "global", "none")
     _require(data.scale in scales, "data.scale", data.scale, " | ".join(scales))
     _require(data.workers >= 0, "data.workers", data.workers, "0 or more")
-    plain = data.name not in ("", ".", "..") and not set("/\\") & set(data.name)
+    plain = data.name not in ("", ".", "..") and not set("/\\\0") & set(data.name)
     _require(plain, "data.name", data.name, "a name that can be part of a path")
 
 
@@ -435,11 +435,13 @@ def _check(c: Config) -> None:
     for name in ("epochs", "save_every"):
         _require(getattr(c, name) >= 1, name, getattr(c, name), "a whole number of at least 1")
     _require(c.batch_size >= 2, "batch_size", c.batch_size, "at least 2: losses compare items")
-    for name in ("seed", "threads"):
-        _require(getattr(c, name) >= 0, name, getattr(c, name), "a whole number of at least 0")
+    seeds = {"seed": c.seed, "data.split_seed": c.data.split_seed}
+    for name, seed in {**seeds, "validation.seed": c.validation.seed}.items():
+        _require(0 <= seed < 2**32, name, seed, "a whole number from 0 to 2^32 - 1")
+    _require(0 <= c.threads <= 1024, "threads", c.threads, "a whole number from 0 to 1024")
     protocols = ("common", "own")
     _require(c.protocol in protocols, "protocol", c.protocol, " | ".join(protocols))
-    plain = not set("/\\") & set(c.variant)
+    plain = not set("/\\\0") & set(c.variant)
     _require(plain, "variant", c.variant, "a name that can be part of a path")
     _check_encoder(c.encoder)
     can = hasattr(methods.get(c.method), "encode_oracle")

@@ -2,7 +2,7 @@
 
 config.yaml          the configuration, whole
 weights.safetensors  parameters and buffers; its header repeats the configuration and the data's
-                     widths and digest, so that the file alone is a model
+                     widths and digest, so that the file alone is a model, and has their own digest
 metrics.json         a flat list of records
 history.json         losses and validation of every epoch
 split.json           which items were drawn as queries and for training (pairs and tables)
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method, from_yaml, override, to_yaml
 from vhabl.data import load as load_data
+from vhabl.encoders import digest_of
 from vhabl.errors import VhablError, fail
 from vhabl.evaluator import Record, code_tasks
 from vhabl.files import PROJECT, atomic_path, write_json, write_text
@@ -64,13 +65,14 @@ def save(
 ) -> None:
     """Write a finished run. Each file is whole at any moment."""
     write_text(folder / "config.yaml", to_yaml(config))
+    tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
     header = {
         "config": to_yaml(config),
         "spec": json.dumps(asdict(data.spec)),
         "fingerprint": data.fingerprint,
+        "digest": digest_of(sorted(tensors.items())),
     }
     with atomic_path(folder / WEIGHTS_FILE) as path:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
         save_file(tensors, str(path), metadata=header)
     write_json(folder / HISTORY_FILE, history)
     if config.data.kind != "features":  # feature files come with their split
@@ -128,13 +130,15 @@ def load(folder: Path) -> Run:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         spec = DataSpec(**json.loads(header["spec"]))
-        text, fingerprint = header["config"], header["fingerprint"]
+        text, fingerprint, digest = header["config"], header["fingerprint"], header["digest"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         fail(path, f"a damaged or foreign file ({reason})", "weights saved by vhabl.train")
     config = from_yaml(text, path)
     method = build_method(config, spec, pretrained=False)
     wrong = _mismatch(method.state_dict(), tensors)
+    if not wrong and digest_of(sorted(tensors.items())) != digest:
+        wrong = "other values than were saved"
     if wrong:
         fail(path, wrong, f"the tensors of {method.title} as its configuration describes it")
     method.load_state_dict(tensors)

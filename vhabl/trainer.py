@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -272,6 +273,9 @@ class Trainer:
         if not self.state_path.exists():
             return None
         try:
+            with ZipFile(self.state_path) as archive:  # torch compares no checksum of its own
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"another checksum of {damaged}")
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
             theirs, fingerprint = state["config"], state["fingerprint"]
             absent = {"begun_with", "progress", "method", "memory", "mean", "optimizer", "shuffle",

@@ -16,15 +16,20 @@ from vhabl.errors import VhablError, fail
 from vhabl.types import Inputs, Rows, Split
 
 IN_MEMORY = 2**28  # bytes of pixels up to which a set's images are read once and kept
+LONGEST = 256  # sides of a picture, long to short
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 
 
 def open_image(path: Path | Image.Image) -> Image.Image:
-    """A whole image as RGB. Raises VhablError where it is missing, damaged or absurdly large."""
+    """A whole image as RGB. Raises VhablError where it is missing, damaged, absurdly large or
+    absurdly long.
+    """
     if isinstance(path, Image.Image):
         return path.convert("RGB")
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > LONGEST * min(image.size):  # its short side would be enlarged
+                raise ValueError(f"{image.width} x {image.height} pixels")
             deep = image.mode in ("I", "F") or image.mode.startswith("I;")
             return (_to_grey(image) if deep else image).convert("RGB")
     except FileNotFoundError:
@@ -91,6 +96,11 @@ class ImageFiles:
         with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
             found = list(pool.map(pixels, numbers.tolist()))
         return np.stack(found) if found else np.zeros((0, *self.shape[1:]), np.uint8)
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Bytes of the given files, [N]; -1 where there is none (it is said when it is read)."""
+        files = [Path(str(self.files[row])) for row in rows.tolist()]
+        return np.array([f.stat().st_size if f.is_file() else -1 for f in files], np.int64)
 
     def in_memory(self) -> np.ndarray | ImageFiles:
         """All pixels where they are few, else this."""
