@@ -27,7 +27,7 @@ from vhabl.config import CONFIG_DIR, load_data_config
 from vhabl.data.images import ImageFiles, open_image, read
 from vhabl.data.pairs import draw, words
 from vhabl.encoders import ClipEncoder
-from vhabl.errors import fail, note, plural
+from vhabl.errors import brief, fail, note, plural
 from vhabl.files import atomic_path, locate, write_text
 from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.trainer import pick_device
@@ -353,8 +353,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise many types
-        reason = " ".join(str(error).split())[:120]
-        fail(path, f"a damaged or foreign file ({reason})", "a state dict (.pth) or .safetensors")
+        fail(
+            path,
+            f"a damaged or foreign file ({brief(error)})",
+            "a state dict (.pth) or .safetensors",
+        )
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         fail(path, "something else than tensors by name", "a state dict")
     return state
@@ -369,10 +372,9 @@ def download(entry: Any) -> dict[str, Tensor]:
             weights_only=True,
         )  # fmt: skip
     except Exception as error:  # whatever a network raises
-        reason = " ".join(str(error).split())[:120]
         fail(
             f"weights {entry.name}",
-            f"no whole file at {entry.url} ({reason})",
+            f"no whole file at {entry.url} ({brief(error)})",
             f"a network, or that file brought here: --weights {file}",
         )
     return state

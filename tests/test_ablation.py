@@ -62,6 +62,10 @@ def test_the_command_trains_each_variant_once(
     monkeypatch.setattr(ablation, "measure", None)  # nothing is trained again
     assert ablation.main(arguments) == 0
     assert capsys.readouterr().out == out
+    kept = next(folder.glob("*.json"))
+    kept.write_text('[{"variant": "whole", "seed": "0"}]', encoding="utf-8")
+    with pytest.raises(VhablError, match=rf"{kept.name}: found content .*seed '0' in row 1"):
+        ablation.main(arguments)
 
 
 def test_only_the_parts_asked_for_are_switched_off(

@@ -156,8 +156,61 @@ def test_baselines_and_report(feature_file: Path, run_folder: Path, command) -> 
     code, out, _ = command(report.main, "checkpoint/wiki")
     page = Path("checkpoint/wiki/report/index.html")
     assert f"report: {page}" in out and "VH-ABL, 16 bits" in page.read_text(encoding="utf-8")
-    code, _, err = command(report.main, feature_file.parent / "dataset")
-    assert code == 2 and "no metrics.json" in one_message(err)
+    absent = feature_file.parent / "dataset"
+    code, _, err = command(report.main, "checkpoint/wiki", absent)  # one of two is enough
+    assert code == 2 and f"{absent}: found no metrics.json" in one_message(err)
+    code, _, err = command(report.main, "checkpoint/wiki", "--measure", "map@al")
+    assert code == 2 and "--measure: found map@al; expected a measure such as mAP@all" in err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "found"),
+    [
+        ("metrics.json", "{}", "no list"),
+        ("metrics.json", "[1]", "'int' object has no attribute"),
+        ("metrics.json", '[{"method": "X"}]', "missing 11 required"),
+        ("metrics.json", '[{"metod": "X"}]', "an unknown 'metod'"),
+        ("metrics.json", '[{"bits": "16"}]', "bits '16' in row 1"),
+        ("metrics.json", '[{"bits": 16.5}]', "bits 16.5 in row 1"),
+        ("metrics.json", '[{"value": true}]', "value True in row 1"),
+        ("metrics.json", '[{"oracle_labels": 0}]', "oracle_labels 0 in row 1"),
+        ("metrics.json", "[" * 100_000, "recursion"),
+        ("history.json", "7", "'int' object is not iterable"),
+        ("history.json", '[{"phase": "final"}]', "'epoch'"),
+        ("history.json", '[{"phase": 1, "epoch": 1}]', "no phase or epoch"),
+        ("history.json", '[{"phase": "final", "epoch": 1, "loss": "low"}]', "a loss that is no"),
+    ],
+)
+def test_a_report_of_odd_files(
+    file: str, content: str, found: str, run_folder: Path, command
+) -> None:
+    (run_folder / file).write_text(content, encoding="utf-8")
+    code, _, err = command(report.main, run_folder)
+    message = one_message(err)
+    assert code == 2 and f"{file}: found content that is not a list of" in message
+    assert found in message
+
+
+def test_names_that_are_no_text_are_printed() -> None:
+    """File names may hold any bytes; results with such a name are not lost."""
+    program = "from vhabl import errors; errors.run(lambda _: print('caf\\udce9.png'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
+    )
+    assert done.returncode == 0 and done.stdout == b"caf\\udce9.png\n"
+
+
+def test_places_that_cannot_hold_results_are_found_before_training(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch, command
+) -> None:
+    Path("file").touch()
+    monkeypatch.setattr(train.Trainer, "run", None)
+    for key in ("codes", "out"):
+        code, _, err = command(train.main, *training(feature_file, f"{key}=file"))
+        found = "file: found file exists; expected a file or folder that can be used"
+        assert code == 2 and found in one_message(err)
 
 
 def test_a_report_without_its_data_says_what_it_leaves_out(

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from helpers import small_config
 
+from vhabl import importance
+from vhabl.config import CONFIG_DIR
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
+from vhabl.errors import VhablError
 from vhabl.importance import Row, alone, by_variance, fused_codes, greedy, ranking, score, summary
 from vhabl.methods.base import HashingMethod
 from vhabl.trainer import Trainer
@@ -144,3 +147,19 @@ def test_models_trained_alone_have_the_length_they_stand_for(
         ("prefix", "8", 3), ("prefix", "16", 3), ("prefix", "24", 3),
         ("trained alone", "8", 3), ("trained alone", "16", 3),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("cmcl", "seed=0", "key method: found cmcl; expected a method with codes of pairs"),
+        ("nested_mlp", "bits=[4,7]", r"key bits: found \[4, 7\]; expected a length of at least 8"),
+    ],
+)
+def test_what_has_no_ranking_to_measure(
+    recipe: str, override: str, message: str, feature_file: Path
+) -> None:
+    arguments = ["--config", str(CONFIG_DIR / f"{recipe}.yaml"), "data=wiki",
+                 f"data.path={feature_file}", "encoder.name=features", override]  # fmt: skip
+    with pytest.raises(VhablError, match=message):
+        importance.main(["ranking", *arguments])

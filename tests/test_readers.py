@@ -745,7 +745,11 @@ def rewrite(name: str, variables: dict[str, Any]) -> Callable[[Path], None]:
 
 
 BAD_PAIRS: dict[str, tuple[Callable[[Path], None], dict[str, Any], list[str]]] = {
-    "no captions": (lambda p: (p / "caption.mat").unlink(), {}, ["caption.mat", "no such file"]),
+    "no captions": (
+        lambda p: (p / "caption.mat").unlink(),
+        {},
+        ["caption.mat", "no such file", "caption.txt"],
+    ),
     "no labels": (lambda p: (p / "label.mat").unlink(), {}, ["label.mat", "no such file"]),
     "other key": (rewrite("index.mat", {"paths": ["a"]}), {}, ["index.mat", "index or imgs"]),
     "fewer captions": (
@@ -763,6 +767,7 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], None], dict[str, Any], list[str]]] =
         {},
         ["label.mat", "0 and 1"],
     ),
+    "no class": (rewrite("label.mat", {"label": np.zeros((7, 0))}), {}, ["label.mat", "(7, 0)"]),
     "label texts": (rewrite("label.mat", {"label": ["cat"] * 7}), {}, ["label.mat", "0 and 1"]),
     "no image": (lambda p: (p / "images" / "3.png").unlink(), {}, ["3.png", "no such file"]),
     "text as image": (
@@ -989,6 +994,7 @@ def test_columns_of_a_table_have_names_of_their_own(tmp_path: Path) -> None:
         ("a.csv", b"image,caption,labels\n1.png,a, b,even\n", "row 1: found more or fewer cells"),
         ("a.csv", b"image,caption,labels\n1.png,a\n", "row 1: found more or fewer cells"),
         ("a.jsonl", b'{"image": "1.png"\n', "line 1: found text that is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: found text that is not JSON"),
         ("a.jsonl", b"[1]\n", "line 1: found a list; expected an object"),
         ("a.xlsx", b"x", "found a file name that ends with '.xlsx'"),
         ("a.parquet", b"x", "a.parquet: found "),

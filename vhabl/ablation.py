@@ -25,7 +25,7 @@ from vhabl.config import Config, load, override, to_yaml
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
 from vhabl.evaluator import code_tasks
-from vhabl.files import write_json, write_text
+from vhabl.files import read_rows, write_json, write_text
 from vhabl.metrics import evaluate
 from vhabl.trainer import Trainer
 from vhabl.types import Dataset
@@ -168,7 +168,7 @@ def main(arguments: list[str]) -> int:
                 part = validation_split(data, config.validation.fraction or 0.2, seed)
                 own = override(own, ["validation.fraction=0"])
             write_json(kept, [asdict(row) for row in measure(own, part, name, seed)])
-        rows += [Row(**row) for row in json.loads(kept.read_text(encoding="utf-8"))]
+        rows += read_rows(kept, Row, "vhabl.ablation")
     on = "validation" if given.validation else "test"
     title = f"{config.title} on {data.name}, mAP@all on {on} queries, {len(given.seeds)} seeds"
     text = f"{title}\n\n{table(rows)}\n"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vhabl import openclip
 from vhabl.data.images import ImageFiles, read, rows_in_order
 from vhabl.encoders import ClipEncoder, Encoder
-from vhabl.errors import note
+from vhabl.errors import brief, note
 from vhabl.files import atomic_path
 from vhabl.settings import EncoderConfig
 from vhabl.types import Dataset, Rows, Split, Store
@@ -131,8 +131,7 @@ def _open(path: Path, made_with: dict[str, str]) -> dict[str, np.memmap[Any, Any
             if _checksum(arrays[view]) != sums[view]:
                 raise ValueError(f"another checksum of {view}")
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        note(f"{path}: damaged ({reason}): made anew")
+        note(f"{path}: damaged ({brief(error)}): made anew")
         return None
     return arrays
 

@@ -12,7 +12,7 @@ import scipy.io
 import torch
 from torch import Tensor
 
-from vhabl.errors import fail, note, plural
+from vhabl.errors import brief, fail, note, plural
 from vhabl.files import atomic_path
 from vhabl.matfile import read_mat
 from vhabl.types import Codes
@@ -157,8 +157,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         RuntimeError,
         zlib.error,
     ) as error:  # NotImplementedError is a RuntimeError
-        reason = " ".join(str(error).split())
-        fail(path, f"a file that cannot be read ({reason})", expected)
+        fail(path, f"a file that cannot be read ({brief(error)})", expected)
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
         fail(path, "an archive of other files", expected)
     bits = arrays.pop("bits", None)

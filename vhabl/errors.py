@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def brief(error: Exception) -> str:
+    """What another library said, as one line of at most 120 characters; else the error's name."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error, naming the file and what would mend it."""
     where = error.filename if error.filename is not None else "file system"
@@ -38,11 +44,14 @@ def describe_os_error(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         reason = os.strerror(error.errno)
         return f"{where}: found no permission ({reason}); expected to read and write it"
-    return f"{where}: {error.strerror or error}"
+    reason = (error.strerror or brief(error)).lower()
+    return f"{where}: found {reason}; expected a file or folder that can be used"
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run an entry point: a user's error is one message on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()

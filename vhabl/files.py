@@ -7,7 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
+
+from vhabl.errors import brief, fail
+
+T = TypeVar("T")
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -39,6 +43,28 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def write_text(target: Path, text: str) -> None:
     with atomic_path(target) as path:
         path.write_text(text, encoding="utf-8")
+
+
+def read_rows(path: Path, kind: type[T], writer: str) -> list[T]:
+    """The rows of a JSON file that `writer` wrote from a list of the dataclass `kind`, whose fields
+    are texts, numbers and truth values. Raises VhablError where the file holds anything else.
+    """
+    types = get_type_hints(kind)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list):
+            raise ValueError("no list")
+        for number, row in enumerate(rows, 1):
+            for name, value in row.items():
+                known = (float, int) if types[name] is float else types[name]
+                if not isinstance(value, known) or (isinstance(value, bool) and known is not bool):
+                    raise ValueError(f"{name} {value!r} in row {number}")
+        return [kind(**row) for row in rows]
+    except KeyError as error:
+        found = f"an unknown {error}"
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        found = brief(error)
+    fail(path, f"content that is not a list of records ({found})", f"what {writer} writes")
 
 
 def write_json(target: Path, value: Any) -> None:

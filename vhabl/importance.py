@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vhabl import errors
+from vhabl import errors, methods
 from vhabl.config import CONFIG_DIR, Config, load, override
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
@@ -221,6 +221,12 @@ def main(arguments: list[str]) -> int:
     folder = (Path(config.out) if config.out else config.run_folder.parent) / "importance"
     scratch = folder / "state"
     config = override(config, [f"out={scratch}", "codes=none", f"save_every={config.epochs + 1}"])
+    if methods.get(config.method).task != "fused":
+        errors.fail(
+            "key method", config.method, "a method with codes of pairs: it ranks their bits"
+        )
+    if max(config.bits) < PREFIXES[0]:
+        errors.fail("key bits", str(config.bits), f"a length of at least {PREFIXES[0]}")
     data = load_data(config.data, config.encoder)
     rows: list[Row] = []
     for seed in tqdm(given.seeds, desc=given.experiment, unit="seed"):

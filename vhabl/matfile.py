@@ -12,7 +12,7 @@ import numpy as np
 import scipy.io
 import scipy.sparse
 
-from vhabl.errors import VhablError, fail
+from vhabl.errors import VhablError, brief, fail
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _EXPECTED = "a MATLAB 5 or 7.3 file"
@@ -70,8 +70,7 @@ def read_mat(path: Path, keys: Iterable[str] | None = None) -> dict[str, np.ndar
         UnicodeDecodeError,
         NameError,
     ) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        fail(path, f"a damaged or truncated file ({reason})", _EXPECTED)
+        fail(path, f"a damaged or truncated file ({brief(error)})", _EXPECTED)
 
 
 def _read_v5(path: Path, wanted: set[str] | None) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vhabl.errors import VhablError, fail, note
+from vhabl.errors import VhablError, brief, fail, note
 from vhabl.files import locate
 
 WEIGHTS_FOLDER = "cache"  # where open_clip's downloads go
@@ -81,10 +81,9 @@ def build_towers(model: str, weights: str) -> Any:
     try:
         towers = open_clip.CLIP(**config)
     except Exception as error:  # a description that makes no sense raises many types
-        reason = " ".join(str(error).split())[:120]
         fail(
             f"key encoder.model: {name_of(model)}",
-            f"an architecture that cannot be built ({reason})",
+            f"an architecture that cannot be built ({brief(error)})",
             "embed_dim, vision_cfg and text_cfg as open_clip has them",
         )
     if getattr(towers, "text_pool_type", "argmax") != "argmax" or towers.attn_mask is None:
@@ -204,8 +203,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         else:
             state = _unpickle(path)
     except Exception as error:  # damaged bytes raise many types
-        reason = " ".join(str(error).split())[:120]
-        fail(path, f"a damaged or foreign file ({reason})",
+        fail(path, f"a damaged or foreign file ({brief(error)})",
              "OpenAI's archive, a state dict of tensors, or safetensors")  # fmt: skip
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -242,8 +240,7 @@ def _download(model: str, weights: str) -> Path:
         config = open_clip.get_pretrained_cfg(model, weights)
         return Path(open_clip.download_pretrained(config, cache_dir=WEIGHTS_FOLDER))
     except Exception as error:  # whatever a network raises
-        reason = " ".join(str(error).split())[:120]
-        fail(f"key encoder.weights: {weights}", f"no answer ({reason})",
+        fail(f"key encoder.weights: {weights}", f"no answer ({brief(error)})",
              "a network, or a file: encoder.weights=PATH")  # fmt: skip
 
 

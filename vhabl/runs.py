@@ -31,9 +31,9 @@ from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method, from_yaml, override, to_yaml
 from vhabl.data import load as load_data
 from vhabl.encoders import digest_of
-from vhabl.errors import VhablError, fail
+from vhabl.errors import brief, fail
 from vhabl.evaluator import Record, code_tasks
-from vhabl.files import PROJECT, atomic_path, write_json, write_text
+from vhabl.files import PROJECT, atomic_path, read_rows, write_json, write_text
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.trainer import pick_device
@@ -131,9 +131,8 @@ def load(folder: Path) -> Run:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         spec = DataSpec(**json.loads(header["spec"]))
         text, fingerprint, digest = header["config"], header["fingerprint"], header["digest"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        fail(path, f"a damaged or foreign file ({reason})", "weights saved by vhabl.train")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        fail(path, f"a damaged or foreign file ({brief(error)})", "weights saved by vhabl.train")
     config = from_yaml(text, path)
     method = build_method(config, spec, pretrained=False)
     wrong = _mismatch(method.state_dict(), tensors)
@@ -206,17 +205,18 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """Losses and validation of every epoch. Raises VhablError where the file is damaged."""
     path = folder / HISTORY_FILE
     try:
-        return list(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        fail(path, f"content that is not a list ({error})", "what vhabl.train writes")
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            numbers = [value for name, value in row.items() if name != "phase"]
+            if row["phase"] not in ("select", "final") or not isinstance(row["epoch"], int):
+                raise ValueError("no phase or epoch")
+            if not all(isinstance(value, int | float) for value in numbers):
+                raise ValueError("a loss that is no number")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        fail(path, f"content that is not a list of epochs ({brief(error)})", "what training writes")
+    return list(rows)
 
 
 def read_records(path: Path) -> list[Record]:
     """Read a metrics.json. Raises VhablError where it is not a list of records."""
-    try:
-        return [Record(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise VhablError(
-            f"{path}: found content that is not a list of records ({error}); "
-            f"expected what vhabl.train writes"
-        ) from None
+    return read_rows(path, Record, "vhabl.train")

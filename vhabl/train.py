@@ -60,7 +60,9 @@ def train(config: Config, data: Dataset, progress_bar: bool = True) -> list[Reco
     """Train, encode queries and database at every length, write codes and the run folder."""
     folder = config.run_folder
     trainer = Trainer(config, data, progress_bar)
-    folder.mkdir(parents=True, exist_ok=True)
+    for needed in (folder, config.code_folder):
+        if needed is not None:
+            needed.mkdir(parents=True, exist_ok=True)
     method = trainer.run()
     seen = trainer.data  # with what a frozen encoder made of it
     found = code_tasks(method, seen, config.bits)

@@ -23,7 +23,7 @@ from vhabl.config import Config, build_method, first_difference, from_yaml, to_y
 from vhabl.data import validation_split
 from vhabl.data.images import read
 from vhabl.encoders import digest_of
-from vhabl.errors import VhablError, fail
+from vhabl.errors import VhablError, brief, fail
 from vhabl.evaluator import batches_in_order, validation_score
 from vhabl.files import atomic_path
 from vhabl.methods.base import HashingMethod
@@ -283,8 +283,7 @@ class Trainer:
             if absent:
                 raise ValueError(f"no {sorted(absent)[0]}")
         except Exception as error:  # damaged bytes raise many types
-            reason = " ".join(str(error).split())[:120]
-            fail(self.state_path, f"a damaged state ({reason})", "a state saved by training")
+            fail(self.state_path, f"a damaged state ({brief(error)})", "a state saved by training")
         difference = first_difference(from_yaml(theirs, self.state_path), self.config)
         if difference is not None:
             fail(

@@ -48,7 +48,12 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
     texts, names = _texts(path, "caption"), [first for first, *_ in _texts(path, "index")]
     captions, further = [first for first, *_ in texts], [others for _, *others in texts]
     labels = _column(path, "label")
-    if labels.ndim != 2 or labels.dtype.kind not in "fiub" or not np.isin(labels, (0, 1)).all():
+    if (
+        labels.ndim != 2
+        or 0 in labels.shape
+        or labels.dtype.kind not in "fiub"
+        or not np.isin(labels, (0, 1)).all()
+    ):
         fail(
             f"{path / 'label.mat'}: key label",
             f"shape {labels.shape} of type {labels.dtype} or values other than 0 and 1",
@@ -184,10 +189,12 @@ def _column(path: Path, name: str) -> np.ndarray:
 
 def _texts(path: Path, name: str) -> list[list[str]]:
     """The texts of each item, at least one (an empty one where there is none)."""
-    lines = path / f"{name}.txt"  # NUS-WIDE's captions, one line an item
-    if lines.exists() and not (path / f"{name}.mat").exists():
+    file, lines = path / f"{name}.mat", path / f"{name}.txt"
+    if not file.exists():  # NUS-WIDE's captions are lines, one an item
+        if not lines.exists():
+            fail(file, "no such file", f"it, or {lines.name} with a line for each item")
         return [[line] for line in _lines(lines)]
-    return [_cell(path / f"{name}.mat", cell) for cell in _column(path, name).reshape(-1)]
+    return [_cell(file, cell) for cell in _column(path, name).reshape(-1)]
 
 
 def _lines(file: Path) -> list[str]:

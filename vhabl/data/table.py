@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vhabl.data.pairs import Pairs
-from vhabl.errors import VhablError, fail, note, plural
+from vhabl.errors import VhablError, brief, fail, note, plural
 from vhabl.settings import DataConfig
 
 
@@ -129,7 +129,7 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"{path}: line {number}", f"text that is not JSON ({error})", "an object")
     if not isinstance(row, dict):
         fail(f"{path}: line {number}", f"a {type(row).__name__}", "an object")
@@ -146,5 +146,4 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return list(parquet.read_table(path).to_pylist())
     except (ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        fail(path, f"content that cannot be read ({reason})", "a Parquet table")
+        fail(path, f"content that cannot be read ({brief(error)})", "a Parquet table")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from difflib import get_close_matches
 from pathlib import Path
 
 from vhabl import errors
@@ -30,14 +31,13 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     overrides = [text for text in given.given if "=" in text]
     folders = [Path(text) for text in given.given if "=" not in text]
-    files = [file for folder in folders for file in sorted(folder.rglob(METRICS_FILE))]
-    if not files:
-        errors.fail(
-            " ".join(map(str, folders)) or "argument FOLDER",
-            f"no {METRICS_FILE}",
-            "folders of runs that training wrote",
-        )
-    records = {file.parent: read_records(file) for file in files}
+    records = {file.parent: read_records(file) for folder in folders for file in _files(folder)}
+    if not records:
+        errors.fail("argument FOLDER", "nothing", "folders of runs that training wrote")
+    measures = sorted({row.measure for rows in records.values() for row in rows})
+    if given.measure not in measures:
+        near = get_close_matches(given.measure, measures, 5, 0.0)
+        errors.fail("argument --measure", given.measure, f"a measure such as {', '.join(near)}")
     data_sets = dict.fromkeys(row.data for rows in records.values() for row in rows)
     out = given.out or folders[0] / "report"
     for data in data_sets:
@@ -54,6 +54,13 @@ def main(arguments: list[str]) -> int:
         page.write(target, rows, trained, overrides)
         print(f"report: {target / 'index.html'}")
     return 0
+
+
+def _files(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob(METRICS_FILE))
+    if not found:
+        errors.fail(folder, f"no {METRICS_FILE}", "a folder of runs that training wrote")
+    return found
 
 
 if __name__ == "__main__":
