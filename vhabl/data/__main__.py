@@ -8,7 +8,7 @@ import sys
 from vhabl import errors
 from vhabl.config import load_data_config
 from vhabl.data import items, load, missing_message
-from vhabl.data.pairs import bad_images, describe_pairs
+from vhabl.data.pairs import bad_images, describe_pairs, draw
 from vhabl.errors import EXIT_USER_ERROR, VhablError
 from vhabl.files import locate
 
@@ -27,8 +27,14 @@ def main(arguments: list[str]) -> int:
     path = locate(config.path)
     if not path.exists():
         raise VhablError(missing_message(config))
-    if config.kind != "features":
+    if config.kind == "features":
+        data = load(config)
+        sizes = [len(split) for split in (data.train, data.database, data.query)]
+        for text in data.notes:
+            errors.note(text)
+    else:
         pairs = items(config)
+        sizes = [len(rows) for rows in draw(len(pairs.ids), config)]
         for fact in describe_pairs(pairs):
             print(fact)
         problems = bad_images(pairs)
@@ -36,11 +42,8 @@ def main(arguments: list[str]) -> int:
             for problem in problems:
                 print(f"error: {problem}", file=sys.stderr)
             return EXIT_USER_ERROR
-    data = load(config)
-    for name, split in (("train", data.train), ("database", data.database), ("query", data.query)):
-        print(f"{name}: {errors.plural(len(split), 'item')}")
-    for text in data.notes:
-        errors.note(text)
+    for role, size in zip(("train", "database", "query"), sizes, strict=True):
+        print(f"{role}: {errors.plural(size, 'item')}")
     print("no problem found")
     return 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from vhabl import openclip
 from vhabl.data.descriptors import describe_image
@@ -175,7 +176,9 @@ def bad_images(pairs: Pairs) -> list[str]:
         return None
 
     with ThreadPoolExecutor() as pool:
-        return [p for p in pool.map(problem, pairs.files) if p]
+        found = pool.map(problem, pairs.files)
+        bar = tqdm(found, "images", len(pairs.files), unit="image", disable=None)  # on terminals
+        return [text for text in bar if text]
 
 
 def _column(path: Path, name: str) -> np.ndarray:
