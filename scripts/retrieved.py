@@ -35,18 +35,21 @@ def main(arguments: list[str]) -> int:
     if run.config.data.kind == "features":
         errors.fail(given.checkpoint, f"data of kind {run.config.data.kind}", "image-text pairs")
     gallery = Gallery(run.config.data, data)
+    task, found = next(iter(codes[given.bits].items()))  # i2t of a cross-modal run
+    if max(given.queries) >= len(found.query):
+        errors.fail("argument --queries", str(max(given.queries)), f"below {len(found.query)}")
 
     columns = given.top + 1
     size = (0.72 * columns + 0.3, 0.95 * len(given.queries) + 0.4)
     figure, grid = plt.subplots(len(given.queries), columns, figsize=size, dpi=160, squeeze=False)
     for row, number in zip(grid, given.queries, strict=True):
-        query, hits = gallery.row(codes[given.bits]["fused"], number, given.top)
+        query, hits = gallery.row(found, number, given.top)
         show(row[0], query, "query", "#000000")
         for axes, hit in zip(row[1:], hits, strict=True):
             label = f"{'✓' if hit.right else '✗'} {hit.distance}"
             show(axes, hit.item, label, RIGHT if hit.right else WRONG)
     figure.suptitle(
-        f"{run.method.title}, {given.bits} bits: nearest pairs, Hamming distance, "
+        f"{run.config.title}, {given.bits} bits, {task}: nearest pairs, Hamming distance, "
         "✓ shares a label with the query",
         fontsize=8,
     )
