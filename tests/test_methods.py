@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import small_config
+from helpers import pair_config, small_config, write_pair_folder
 
 from vhabl import methods
 from vhabl.config import build_method
@@ -21,7 +21,7 @@ from vhabl.losses import TARGETS, classification, info_nce, similarity, weighted
 from vhabl.methods.base import mean_terms
 from vhabl.methods.cmcl import CMCL
 from vhabl.methods.hiamh import HIAMH
-from vhabl.methods.pghmh import PGHMH, ResponseNorm
+from vhabl.methods.pghmh import PGHMH, TEMPLATES, ResponseNorm
 from vhabl.methods.vh_abl import VHABL
 from vhabl.trainer import Trainer
 from vhabl.types import Batch, Embeddings, Inputs
@@ -549,13 +549,73 @@ def test_prompts_name_what_is_expected_and_true_classes_where_told(feature_file:
     expected = torch.nn.functional.normalize(
         method._features(batch.inputs)["logits"].sigmoid(), p=1, dim=1
     )
-    true = batch.labels / batch.labels.sum(dim=1, keepdim=True)
+    labels = (batch.labels + batch.labels.roll(1, dims=1)).clamp(max=1)  # two classes each
+    true = labels / labels.sum(dim=1, keepdim=True)
     told = torch.tensor([1, 0, 0, 1, 1, 0, 1], dtype=torch.bool)[:, None]
-    method._features(batch.inputs, batch.labels, told)
+    method._features(batch.inputs, labels, told)
     kind = method.kinds[2]
     assert torch.allclose(seen[0], expected @ method.names + kind, atol=1e-5)
     mixed = torch.where(told, true, expected)
     assert torch.allclose(seen[1], mixed @ method.names + kind, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_features_of_pghmh_by_its_formulas(tmp_path: Path) -> None:
+    """Item by item, without any padding, with every parameter that begins at zero set."""
+    config = pair_config(write_pair_folder(tmp_path / "p"), "pghmh", "model.context=2")
+    data = load_data(config.data, config.encoder)
+    torch.manual_seed(0)
+    method = build_method(config, data.spec)
+    assert isinstance(method, PGHMH)
+    method.eval()
+    for parameter in (method.kinds, method.fusion.response.scale, method.fusion.response.shift):
+        torch.nn.init.normal_(parameter)
+    inputs = data.train.inputs(np.arange(9))
+    read, found = method.embeddings(inputs), method._features(inputs)
+    assert read.words is not None and read.word_mask is not None
+    assert len(set(read.word_mask.sum(dim=1).tolist())) > 1  # captions of several lengths
+    fusion, kinds = method.fusion, method.kinds
+    for i in range(9):
+        image, text = read.image[i], read.text[i]
+        logits = method.classifier(torch.cat([image, text])[None])[0]
+        share = logits.sigmoid() / logits.sigmoid().sum()
+        x = torch.cat(
+            [
+                text[None] + kinds[0],
+                read.words[i][read.word_mask[i]] + kinds[0],
+                method.context + kinds[1],
+                (share @ method.names)[None] + kinds[2],
+            ]
+        )[None]
+        for layer in method.reader:
+            x = layer(x)
+        x = method.norm(x)[0]
+        text = text + method.text_projection(x[0] * x[-1])
+        guide = method.prompt_projection(x[-1])
+        tokens = torch.stack([image, text, guide])[None]
+        seen = fusion.norm(tokens)
+        attended = fusion.attention(seen, seen, seen)[0]
+        fused = fusion.layer(fusion.response(attended) + tokens / 2)[0]
+        expected = {"fused": fused[0] + fused[1], "prompt": guide, "image": image, "text": text,
+                    "logits": logits}  # fmt: skip
+        for name, value in expected.items():
+            assert torch.allclose(found[name][i], value, atol=1e-4), name
+
+
+@torch.no_grad()
+def test_names_of_classes_are_read_in_every_template_and_centred(tmp_path: Path) -> None:
+    folder = write_pair_folder(tmp_path / "p")
+    names = ["dark_red", "sea-green", "blue", "white"]
+    config = pair_config(folder, "pghmh", f"data.class_names=[{','.join(names)}]")
+    torch.manual_seed(0)
+    method = build_method(config, load_data(config.data, config.encoder).spec)
+    assert isinstance(method, PGHMH)
+    read = []
+    for name in ("dark red", "sea green", "blue", "white"):
+        vectors = method.encoder.read([template.format(name) for template in TEMPLATES])
+        read.append((vectors / vectors.norm(dim=1, keepdim=True)).mean(dim=0))
+    centred = torch.stack(read) - torch.stack(read).mean(dim=0)
+    assert torch.allclose(method.names, centred / centred.norm(dim=1, keepdim=True), atol=1e-5)
 
 
 @torch.no_grad()

@@ -539,6 +539,15 @@ def test_a_missing_data_set_says_where_it_comes_from(
     assert_fails(lambda: load(config), path, ["own", "source: a page", layout, "data.path="])
 
 
+def test_class_names_are_as_many_as_labels_have_columns(tmp_path: Path) -> None:
+    path = tmp_path / "f.mat"
+    write_mat5(path, feature_arrays())
+    config = replace(features_config(path), class_names=["cat", "dog", "owl", "one too many"])
+    where = Path("key data.class_names")
+    assert_fails(lambda: load(config), where, ["4 names", "as labels have columns"])
+    assert load(replace(config, class_names=config.class_names[:3])).class_names[0] == "cat"
+
+
 def test_fingerprint_follows_the_content_not_the_file(tmp_path: Path) -> None:
     prints = []
     for number, (write, key) in enumerate(

@@ -448,6 +448,24 @@ def test_few_pictures_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     assert store.in_memory() is store
 
 
+def test_captions_stay_with_their_items(folder: Path) -> None:
+    """Of items that have one caption or two, the first without a draw, either with one."""
+    config = pair_config(folder)
+    data = load_data(config.data, config.encoder)
+    names = scipy.io.loadmat(folder / "index.mat", squeeze_me=True)["index"]
+    captions = scipy.io.loadmat(folder / "caption.mat", squeeze_me=True)["caption"]
+    listed = [[str(c) for c in np.atleast_1d(own)] for own in captions]
+    of_item = dict(zip(map(str, names), listed, strict=True))
+    for split in (data.train, data.query):
+        assert isinstance(split.text, Rows)
+        own = [of_item[name] for name in split.ids.tolist()]
+        first, _ = openclip.tokenise([texts[0] for texts in own], config.encoder.words)
+        last, _ = openclip.tokenise([texts[-1] for texts in own], config.encoder.words)
+        rows = np.arange(len(split))
+        assert np.array_equal(split.text[rows], first) and not np.array_equal(first, last)
+        assert np.array_equal(split.text.drawn(rows, np.full(len(rows), 0.99)), last)
+
+
 def test_the_digest_of_a_data_set_sees_every_picture_and_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

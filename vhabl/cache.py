@@ -150,8 +150,6 @@ def _write(
     made_with: dict[str, str],
     progress_bar: bool,
 ) -> None:
-    was_training = encoder.training
-    encoder.eval()
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         sums: dict[str, int] = {}
         for view in VIEWS:
@@ -173,7 +171,6 @@ def _write(
                     bar.update(len(rows))
         file.attrs["made_with"] = json.dumps(made_with)
         file.attrs["checksums"] = json.dumps(sums)
-    encoder.train(was_training)
 
 
 @torch.no_grad()
