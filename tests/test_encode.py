@@ -58,6 +58,11 @@ def test_raw_items_get_the_codes_of_an_evaluation(
     )
     texts = [captions[str(i)] for i in data.query.ids]
     model = vhabl.load("run")
+    if config.encoder.name == "clip":  # the same pixels, which such small models may not show
+        kept = config.encoder
+        seen = model._image(names)[np.arange(len(names))]
+        assert np.array_equal(seen, data.query.image[np.arange(len(names))])
+        assert seen.shape[-1] == (kept.resize or 32)
     if method == "cmcl":
         images = model.encode(images=names, bits=8)
         both = model.encode(images=names, texts=texts[:3], bits=8)
@@ -109,6 +114,7 @@ def test_what_cannot_be_encoded_is_said(model: encode.Model, folder: Path) -> No
         ({}, "images and texts: found neither"),
         ({"images": [picture], "texts": ["a", "b"]}, "found 1 image and 2 texts; expected as many"),
         ({"texts": ["a"], "bits": 9}, "key bits: found 9; expected a code length that the model"),
+        ({"texts": [], "bits": 9}, "key bits: found 9; expected a code length that the model"),
         ({"texts": "a red car"}, "texts: found a str; expected a sequence"),
         ({"images": np.zeros((2, 3))}, "images: found a ndarray; expected a sequence"),
         ({"texts": ["a", None]}, "texts: found a NoneType as number 2; expected str"),
@@ -122,6 +128,13 @@ def test_what_cannot_be_encoded_is_said(model: encode.Model, folder: Path) -> No
             model.encode(**given)
 
 
+def test_texts_that_are_cut_are_counted(
+    model: encode.Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.encode(texts=["red " * 30, "red", "blue " * 30])
+    assert capsys.readouterr().err == "note: 2 texts longer than 12 tokens: cut\n"
+
+
 def run(*arguments: object) -> int:
     return encode.main([*map(str, arguments), "--quiet"])
 
@@ -130,11 +143,12 @@ def test_the_command_writes_packed_codes(
     model: encode.Model, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "images" / "notes.txt").write_text("not a picture")
+    Image.new("RGB", (40, 40), "red").save(folder / "images" / "OF_A_CAMERA.PNG")
     assert run("--checkpoint", "run", "--images", folder / "images", "--bits", 8,
                "--out", "c.npz") == 0  # fmt: skip
-    assert capsys.readouterr().out == "c.npz: codes of 8 bits: fused 60\n"
+    assert capsys.readouterr().out == "c.npz: codes of 8 bits: fused 61\n"
     content = np.load("c.npz")
-    files = sorted(str(p.name) for p in (folder / "images").glob("*.png"))
+    files = sorted(p.name for p in (folder / "images").iterdir() if p.suffix in (".png", ".PNG"))
     assert content["ids"].tolist() == files and content["bits"] == 8
     expected = model.encode(images=[folder / "images" / f for f in files], bits=8)["fused"]
     assert np.array_equal(codes.unpack(content["fused"], 8), expected)

@@ -649,8 +649,11 @@ def test_the_loss_of_pghmh_by_its_formulas(feature_file: Path, truth: float, ora
             error = ((method.heads.rebuild(h) - method.memory.signs(24)[batch.index]) ** 2).mean()
             expected["reconstruction"] += w.auxiliary * w.reconstruction * float(error)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert torch.allclose(method.memory.codes("fused", 8)[batch.index],
-                          method.heads(features["fused"], 8))  # fmt: skip
+    latest = method.memory.codes("fused", 8)
+    assert torch.allclose(latest[batch.index], method.heads(features["fused"], 8))
+    assert not torch.equal(method.memory.signs(8), latest.sign())
+    method.after_epoch()
+    assert torch.equal(method.memory.signs(8), latest.sign())
 
 
 @torch.no_grad()
