@@ -37,6 +37,7 @@ SMALL = {  # overrides that make a recipe's model small
     "vh_abl_clip": ["model.net.dim=16", "model.net.image_hidden=16", "model.net.text_hidden=16"],
     "nested_mlp": ["model.dim=16"],
     "pghmh": ["model.dim=16", "model.auxiliary=24", "model.heads=2"],
+    "hq": ["model.dim=16", "model.dictionaries=2", "model.centres=8"],
     "cmcl": ["model.dim=16", "model.auxiliary=24", "model.concepts=5", "model.heads=2"],
 }
 

@@ -19,7 +19,7 @@ LEVELS = (
     {"errors", "types"},
     {"files", "matfile", "published", "settings"},
     {"openclip"},
-    {"layers", "losses", "codes", "metrics", "optim"},
+    {"layers", "losses", "codes", "codebooks", "metrics", "optim"},
     {"data", "encoders"},
     {"methods"},
     {"config"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vhabl import codebooks
 from vhabl.data import without
 from vhabl.data.images import read, rows_in_order
 from vhabl.methods.base import HashingMethod
@@ -21,12 +23,16 @@ from vhabl.metrics import (
     code_statistics,
     curves,
     evaluate,
+    evaluate_orders,
     evaluate_ranking,
 )
 from vhabl.types import Batch, Codes, Dataset, Split
 
 CLASSIFIER = "linear classifier"  # titles by which a table knows the reference rows
 REAL_VALUED = " (real-valued)"
+QUANTISED, TWO_STAGE, LOSSLESS = " (quantised)", " (two-stage)", " (lossless)"
+NOT_BINARY = (REAL_VALUED, QUANTISED, TWO_STAGE, LOSSLESS)  # how titles of other searches end
+SHORTLIST = 100  # items that the first stage of a two-stage search keeps
 
 
 @dataclass(frozen=True)
@@ -220,13 +226,16 @@ def real_valued_records(
     keep_own: bool = False,
     title: str = "",
 ) -> list[Record]:
-    """mAP@all by the cosine of a method's relaxed codes, before the sign: what binarising costs.
+    """mAP@all by the cosine of a method's relaxed codes, before the sign: what binarising costs;
+    of a method with dictionaries `quantised_records`.
 
     It sorts query by query, and the database is whole. keep_own: as in `records`; title: as tables
     name the method.
     """
     own = own_positions(data.query.ids, data.database.ids)
     kind, left_out = _own_items(own, keep_own)
+    if method.codebook(method.bits) is not None:
+        return quantised_records(method, data, lengths, seed, keep_own, title)
     rows: list[Record] = []
     index = tuple(m for m in MEASURES if m.name == "mAP@all" and m.ties == "index")
     query, database = (
@@ -251,6 +260,73 @@ def real_valued_records(
             real = replace(value, ties="real")
             rows.append(_record(template, real, value.measure, value.value))
     return rows
+
+
+def quantised_records(
+    method: HashingMethod,
+    data: Dataset,
+    lengths: Sequence[int],
+    seed: int,
+    keep_own: bool = False,
+    title: str = "",
+) -> list[Record]:
+    """mAP of the other searches that a method with dictionaries serves, and the bytes that an item
+    takes in each: by the real features of query and database (lossless), by a query's feature and
+    an item's centres (quantised), and by these among the `SHORTLIST` items of the smallest Hamming
+    distance (two-stage), the others behind them by distance.
+    """
+    own = own_positions(data.query.ids, data.database.ids)
+    kind, left_out = _own_items(own, keep_own)
+    asked = tuple(m for m in MEASURES if m.name in ("mAP@all", "mAP@50/hits") and m.ties == "index")
+    query, database = (
+        relaxed_codes(method, split, lengths) for split in (data.query, data.database)
+    )
+    rows: list[Record] = []
+    for bits in lengths:
+        for task, found in to_tasks(query[bits], database[bits], data).items():
+            for suffix, (cost, orders) in _other_searches(method, bits, found).items():
+                name = (title or method.title) + suffix
+                template = Record(
+                    name, data.name, task, bits, "", 0.0, seed, "real", False, len(found.query), 0,
+                    "all", kind,
+                )  # fmt: skip
+                labels = found.query_labels, found.database_labels
+                for value in evaluate_orders(orders, *labels, asked, left_out):
+                    real = replace(value, ties="real")
+                    rows.append(_record(template, real, value.measure, value.value))
+                rows.append(replace(template, measure="bytes an item", value=cost))
+    return rows
+
+
+def _other_searches(
+    method: HashingMethod, bits: int, features: Codes
+) -> dict[str, tuple[float, Iterator[np.ndarray]]]:
+    """Bytes of an item and the order of the database for each query, by the search's suffix."""
+    centres = method.codebook(bits)
+    assert centres is not None
+    centres = centres.cpu()
+    query, database = torch.from_numpy(features.query), torch.from_numpy(features.database)
+    coded = codebooks.assign(database, centres)
+    signs = [torch.where(side >= 0, 1.0, -1.0) for side in (query, database)]
+
+    def by_centres(number: int) -> np.ndarray:
+        return codebooks.scores(codebooks.tables(query[number], centres), coded).numpy()
+
+    def two_stage(number: int) -> np.ndarray:
+        by_distance = np.argsort(-(signs[1] @ signs[0][number]).numpy(), kind="stable")
+        first, rest = by_distance[:SHORTLIST], by_distance[SHORTLIST:]
+        return np.concatenate([first[np.argsort(-by_centres(number)[first], kind="stable")], rest])
+
+    numbers = range(len(query))
+    choice = len(centres) * math.log2(centres.shape[1]) / 8
+    return {
+        LOSSLESS: (
+            4.0 * bits,
+            (np.argsort(-(database @ query[n]).numpy(), kind="stable") for n in numbers),
+        ),
+        QUANTISED: (choice, (np.argsort(-by_centres(n), kind="stable") for n in numbers)),
+        TWO_STAGE: (choice + bits / 8, (two_stage(n) for n in numbers)),
+    }
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

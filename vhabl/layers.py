@@ -47,6 +47,23 @@ class FeatureMLP(nn.Sequential):
         super().__init__(*blocks)
 
 
+class ResidualMLP(nn.Module):
+    """x + Linear(Dropout(GELU(Linear(LayerNorm(x))))), four times as wide inside: [B, D]."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 4 * dim),
+            nn.GELU(),
+            Dropout(dropout),
+            nn.Linear(4 * dim, dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
 class PrototypeAttention(nn.Module):
     """Refine a modality feature by attention over learned class prototypes: [B, D] -> [B, D].
 

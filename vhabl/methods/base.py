@@ -113,6 +113,12 @@ class HashingMethod(nn.Module, ABC):
         """What each bit of a code weighs, [K], where the method ranks bits. Default: nothing."""
         return None
 
+    def codebook(self, bits: int) -> Tensor | None:
+        """Dictionaries of centres whose sums stand for the relaxed codes of a length, [M, J, bits]
+        (`vhabl.codebooks`), where a method has them. Default: none.
+        """
+        return None
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser: `lr` is a group's own rate, `lr_scale` multiplies
         the recipe's.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vhabl import losses
 from vhabl.encoders import Encoder
 from vhabl.errors import fail
-from vhabl.layers import CodeMemory, Dropout, LengthHeads
+from vhabl.layers import CodeMemory, LengthHeads, ResidualMLP
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
@@ -51,23 +51,6 @@ class CMCLSettings:
     auxiliary: int = key("length of the auxiliary code", 128)
     temperature: float = key("temperature of InfoNCE", 0.07)
     weights: Weights = field(default_factory=Weights)
-
-
-class ResidualMLP(nn.Module):
-    """x + Linear(Dropout(GELU(Linear(LayerNorm(x))))), four times as wide inside: [B, D]."""
-
-    def __init__(self, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, 4 * dim),
-            nn.GELU(),
-            Dropout(dropout),
-            nn.Linear(4 * dim, dim),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)
 
 
 class ConceptAttention(nn.Module):

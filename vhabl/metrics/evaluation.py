@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
@@ -74,19 +74,33 @@ def evaluate_ranking(
     """Measures of a ranking by inner product, largest first, ties by database position.
 
     query [Q, d] and database [N, d] are real or +-1: real queries against binary codes (asymmetric
-    search), or real embeddings on both sides. own: as in `evaluate`. It sorts, query by query, and
-    every measure is taken in this one order: only those with `index` order are served (ValueError).
+    search), or real embeddings on both sides. own: as in `evaluate`. It sorts, query by query: as
+    `evaluate_orders`.
+    """
+    orders = (np.argsort(-(database @ vector), kind="stable") for vector in query)
+    return evaluate_orders(orders, query_labels, database_labels, measures, own)
+
+
+def evaluate_orders(
+    orders: Iterable[np.ndarray],
+    query_labels: np.ndarray,
+    database_labels: np.ndarray,
+    measures: Sequence[Measure],
+    own: np.ndarray | None = None,
+) -> list[Value]:
+    """Measures of any ranking: for each query the numbers of all database items, nearest first.
+
+    Every measure is taken in this one order: only those with `index` order are served (ValueError).
     """
     if any(m.ties != "index" for m in measures):
         raise ValueError("a ranking by real numbers serves measures in index order only")
     cuts = cuts_of(measures)
     masks, labels, unit = pack_labels(query_labels, database_labels)
-    left_out = np.full(len(query), -1) if own is None else own
+    left_out = np.full(len(masks), -1) if own is None else own
     most = int(np.bitwise_count(masks).sum(axis=1).max(initial=0))
     gain = gains(most + 1, unit)
     levels, sums = [], []
-    for vector, mask, position in zip(query, masks, left_out, strict=True):
-        order = np.argsort(-(database @ vector), kind="stable")
+    for order, mask, position in zip(orders, masks, left_out, strict=True):
         order = order[order != position]
         shared = np.bitwise_count(labels & mask).sum(axis=1, dtype=np.int64)[order]
         levels.append(np.bincount(shared, minlength=most + 1))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vhabl.evaluator import CLASSIFIER, REAL_VALUED, Record, interval_scores, shown
+from vhabl.evaluator import CLASSIFIER, NOT_BINARY, Record, interval_scores, shown
 from vhabl.metrics.measures import ALL, RANKS
 from vhabl.report.plots import Line, Panel, category_panel
 from vhabl.types import Codes
@@ -55,7 +55,7 @@ def named(row: Record) -> str:
 
 def methods(rows: Sequence[Record]) -> list[str]:
     """The names that have a line in every figure, in the order of their styles."""
-    names = dict.fromkeys(named(r) for r in rows if not r.method.endswith(REAL_VALUED))
+    names = dict.fromkeys(named(r) for r in rows if not r.method.endswith(NOT_BINARY))
     return [name for name in names if name != CLASSIFIER]
 
 

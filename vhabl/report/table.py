@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vhabl.evaluator import CLASSIFIER, REAL_VALUED, Record, shown
+from vhabl.evaluator import CLASSIFIER, NOT_BINARY, Record, shown
 from vhabl.published import Published, published
 
 PUBLISHED = "published"  # in the column of the database
@@ -217,7 +217,7 @@ def _number(row: Row, bits: int) -> str:
 
 def _is_code(row: Row) -> bool:
     """A row of binary codes that labels have not entered: what the best of a column is among."""
-    return not (row.oracle_labels or row.method == CLASSIFIER or row.method.endswith(REAL_VALUED))
+    return not (row.oracle_labels or row.method == CLASSIFIER or row.method.endswith(NOT_BINARY))
 
 
 def _latex(text: str) -> str:
