@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import small_config
 
+from vhabl import codebooks
 from vhabl.config import build_method
 from vhabl.data import load as load_data
 from vhabl.evaluator import (
@@ -25,6 +26,7 @@ from vhabl.evaluator import (
 )
 from vhabl.methods.vh_abl import VHABL
 from vhabl.metrics import evaluate, permutation_test
+from vhabl.trainer import Trainer
 from vhabl.types import Codes, Dataset
 
 HEADLINE = ("mAP@all", "expected")
@@ -138,6 +140,44 @@ def test_real_valued_codes_leave_out_the_query_itself(
         single = replace(inside, query=data.database.take(np.array([i])), database=rest)
         alone.append(real_valued_records(method, single, [12], 0)[0].value)
     assert rows[0].value == pytest.approx(np.mean(alone)) and kept[0].value > rows[0].value
+
+
+def test_searches_by_dictionaries(feature_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each order written out, with a shortlist that is shorter than the database."""
+    monkeypatch.setattr("vhabl.evaluator.SHORTLIST", 7)
+    config = small_config(feature_file, "hq", "epochs=2", "validation.fraction=0", "out=run")
+    data = load_data(config.data)
+    method = Trainer(config, data, False).run()
+    rows = real_valued_records(method, data, [8, 16], 3, title="Mine")
+    found = {(r.method, r.task, r.bits, r.measure): r.value for r in rows}
+    assert {(r.ties, r.seed, r.database) for r in rows} == {("real", 3, "all")}
+    assert [found[f"Mine ({kind})", "i2t", 16, "bytes an item"]
+            for kind in ("lossless", "quantised", "two-stage")] == [64, 0.75, 2.75]  # fmt: skip
+    query, database = (relaxed_codes(method, s, [16])[16] for s in (data.query, data.database))
+    centres = method.codebook(16)
+    assert centres is not None
+    for task, (mine, theirs) in (("i2t", ("image", "text")), ("t2i", ("text", "image"))):
+        near = database[theirs]
+        coded = codebooks.assign(torch.from_numpy(near), centres)
+        rebuilt = codebooks.rebuild(coded, centres).numpy()
+        precision: dict[str, list[float]] = {"lossless": [], "quantised": [], "two-stage": []}
+        for q, labels in zip(query[mine], data.query.labels, strict=True):
+            distance = ((near >= 0) != (q >= 0)).sum(axis=1)
+            by_code = sorted(range(60), key=lambda i: (distance[i], i))
+            value = rebuilt @ q
+            orders = {
+                "lossless": sorted(range(60), key=lambda i: -float(near[i] @ q)),
+                "quantised": sorted(range(60), key=lambda i: -round(float(value[i]), 5)),
+                "two-stage": [*sorted(by_code[:7], key=lambda i: -round(float(value[i]), 5)),
+                              *by_code[7:]],
+            }  # fmt: skip
+            for kind, order in orders.items():
+                hit = (data.database.labels[order] @ labels) > 0
+                ranks = np.flatnonzero(hit) + 1
+                precision[kind].append(float((np.arange(1, len(ranks) + 1) / ranks).mean()))
+        for kind, values in precision.items():
+            expected = pytest.approx(np.mean(values), abs=2e-3)  # items of one code are tied
+            assert found[f"Mine ({kind})", task, 16, "mAP@all"] == expected
 
 
 def test_permutation_test_by_enumeration() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers import pair_config, small_config, write_pair_folder
 
-from vhabl import methods
+from vhabl import codebooks, methods
 from vhabl.config import build_method
 from vhabl.data import load as load_data
 from vhabl.errors import VhablError
@@ -21,10 +22,11 @@ from vhabl.losses import TARGETS, classification, info_nce, similarity, weighted
 from vhabl.methods.base import mean_terms
 from vhabl.methods.cmcl import CMCL
 from vhabl.methods.hiamh import HIAMH
+from vhabl.methods.hq import HQ
 from vhabl.methods.pghmh import PGHMH, TEMPLATES, ResponseNorm
 from vhabl.methods.vh_abl import VHABL
 from vhabl.trainer import Trainer
-from vhabl.types import Batch, Embeddings, Inputs
+from vhabl.types import Batch, Dataset, Embeddings, Inputs
 
 CPU = torch.device("cpu")
 
@@ -702,3 +704,92 @@ def test_heads_divide_the_width(feature_file: Path) -> None:
     config = small_config(feature_file, "pghmh", "model.heads=3")
     with pytest.raises(VhablError, match="heads: found 3; expected a divisor of"):
         build_method(config, load_data(config.data).spec)
+
+
+# -- HQ --------------------------------------------------------------------------------------------
+
+
+def hq(feature_file: Path, *overrides: str) -> tuple[HQ, Dataset, Batch]:
+    """A small HQ without dropout that is about to be trained, its data and a batch."""
+    config = small_config(feature_file, "hq", "model.dropout=0", *overrides)
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    method = build_method(config, data.spec)
+    assert isinstance(method, HQ)
+    labels = torch.from_numpy(data.train.labels).float()
+    method.prepare(labels)
+    rows = torch.tensor([3, 50, 11, 7, 29])
+    return method, data, Batch(data.train.inputs(rows.numpy()), labels[rows], rows)
+
+
+@torch.no_grad()
+def test_the_loss_of_hq_by_its_formulas(feature_file: Path) -> None:
+    """Pair by pair and bit by bit, before there are dictionaries and with them."""
+    method, data, batch = hq(feature_file)
+    everything = Batch(data.train.inputs(), torch.from_numpy(data.train.labels).float(),
+                       torch.arange(len(data.train)))  # fmt: skip
+    w = method.settings.weights
+    for begun in (False, True):
+        found = {name: float(value) for name, value in method.loss(batch).items()}
+        expected = dict.fromkeys(("similarity", "hash", "balance", "quantisation"), 0.0)
+        for k, views in method.relax_lengths(batch.inputs, [8, 16]).items():
+            f, g = views["image"].tolist(), views["text"].tolist()
+            pairs = [
+                math.log1p(math.exp(s)) - (s if float(batch.labels[i] @ batch.labels[j]) else 0)
+                for i in range(5) for j in range(5)
+                for s in [sum(a * b for a, b in zip(f[i], g[j], strict=True))]
+            ]  # fmt: skip
+            expected["similarity"] += w.similarity * sum(pairs) / 25
+            rows = np.array(f + g)
+            expected["hash"] += w.hash * np.mean((rows - np.where(rows >= 0, 1, -1)) ** 2)
+            expected["balance"] += w.balance * np.mean(rows.mean(axis=0) ** 2)
+            if begun:
+                numbers = [*batch.index.tolist(), *(batch.index + 60).tolist()]
+                codes = method.get_buffer(f"codes_{k}")[numbers].tolist()
+                near = [sum(c[j] for c, j in zip(method.codebook(k), code, strict=True)).numpy()
+                        for code in codes]  # fmt: skip
+                expected["quantisation"] += w.quantisation * np.mean((rows - np.array(near)) ** 2)
+        assert found == pytest.approx(expected, rel=1e-4)
+        method.loss(everything)
+        method.after_epoch()
+
+
+@torch.no_grad()
+def test_dictionaries_of_hq_serve_images_and_texts(feature_file: Path) -> None:
+    """What an epoch saw of both; at the end what the trained network gives, which they fit best."""
+    method, data, _ = hq(feature_file, "model.centres=4")
+    batch = Batch(data.train.inputs(), torch.from_numpy(data.train.labels).float(),
+                  torch.arange(len(data.train)))  # fmt: skip
+    method.loss(batch)
+    assert method.begun == 0 and (method.codebook(16) == 0).all()
+    method.after_epoch()
+    method.eval()
+    views = method.relax_lengths(batch.inputs, [16])[16]
+    x = torch.cat([views["image"], views["text"]])
+    codes = method.get_buffer("codes_16")
+    assert method.begun == 1 and torch.equal(method.get_buffer("seen_16"), x)
+    assert torch.equal(codes, codebooks.assign(x, method.codebook(16), codes))
+    before = method.codebook(16).clone()
+    for parameter in method.features.parameters():
+        parameter.mul_(2)
+    method.calibrate(batches_in_order(method, data.train))
+    after = method.codebook(16)
+
+    def error(centres: torch.Tensor) -> float:
+        return float((2 * x - codebooks.rebuild(codebooks.assign(2 * x, centres), centres)).norm())
+
+    assert error(after) < 0.9 * error(before) and error(after) < float((2 * x).norm())
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.dim=0", "key model.dim: found 0; expected at least 1"),
+        ("model.dictionaries=0", "key model.dictionaries: found 0; expected at least 1"),
+        ("model.centres=1", "key model.centres: found 1; expected 2 to 65536"),
+        ("model.dropout=1", "key model.dropout: found 1.0; expected 0 up to"),
+    ],
+)
+def test_settings_of_hq_are_checked(feature_file: Path, override: str, expected: str) -> None:
+    with pytest.raises(VhablError, match=expected):
+        small_config(feature_file, "hq", override)

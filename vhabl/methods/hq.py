@@ -53,7 +53,7 @@ class HQ(HashingMethod):
     any_length = False
     Settings = HQSettings
 
-    begun: Tensor  # whether there are dictionaries
+    begun: Tensor  # 1 where there are dictionaries, else 0
 
     def __init__(
         self, spec: DataSpec, bits: list[int], settings: HQSettings, encoder: Encoder
@@ -71,14 +71,13 @@ class HQ(HashingMethod):
         self.features = nn.ModuleDict(
             {f"{view}_{k}": nn.Linear(dim, k) for view in VIEWS for k in self.lengths}
         )
-        m, items = settings.dictionaries, spec.train_items
-        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("begun", torch.zeros(()))
         for k in self.lengths:
-            self.register_buffer(f"centres_{k}", torch.zeros(m, settings.centres, k))
-            # What the training items had last, images first: features and codes.
-            self.register_buffer(f"seen_{k}", torch.zeros(2 * items, k), persistent=False)
-            codes = torch.zeros(2 * items, m, dtype=torch.int64)
-            self.register_buffer(f"codes_{k}", codes, persistent=False)
+            centres = torch.zeros(settings.dictionaries, settings.centres, k)
+            self.register_buffer(f"centres_{k}", centres)
+            # What the training items had last, images first: features and codes. See `prepare`.
+            self.register_buffer(f"seen_{k}", torch.zeros(0), persistent=False)
+            self.register_buffer(f"codes_{k}", torch.zeros(0), persistent=False)
 
     @classmethod
     def check_settings(cls, settings: HQSettings) -> None:
@@ -109,6 +108,13 @@ class HQ(HashingMethod):
 
     # -- training ----------------------------------------------------------------------------------
 
+    def prepare(self, labels: Tensor) -> None:
+        rows, device = 2 * len(labels), labels.device
+        codes = torch.zeros(rows, self.settings.dictionaries, dtype=torch.int64, device=device)
+        for k in self.lengths:
+            setattr(self, f"seen_{k}", torch.zeros(rows, k, device=device))
+            setattr(self, f"codes_{k}", codes.clone())
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         weight, y = self.settings.weights, batch.labels
         similar = (y @ y.T > 0).to(y.dtype)  # of every image and every text of the batch
@@ -120,14 +126,13 @@ class HQ(HashingMethod):
             h = torch.cat([views["image"], views["text"]])
             rows = torch.cat([batch.index, batch.index + items])
             self.get_buffer(f"seen_{k}")[rows] = h.detach()
+            centres = codebooks.rebuild(self.get_buffer(f"codes_{k}")[rows], self.codebook(k))
             parts = {
                 "similarity": weight.similarity * similarity,
                 "hash": weight.hash * F.mse_loss(h, binarise(h.detach())),
                 "balance": weight.balance * h.mean(dim=0).square().mean(),
+                "quantisation": self.begun * weight.quantisation * F.mse_loss(h, centres),
             }
-            if self.begun:
-                centres = codebooks.rebuild(self.get_buffer(f"codes_{k}")[rows], self.codebook(k))
-                parts["quantisation"] = weight.quantisation * F.mse_loss(h, centres)
             for name, value in parts.items():
                 terms[name] = terms.get(name, 0) + value
         return terms
@@ -138,7 +143,7 @@ class HQ(HashingMethod):
         for k in self.lengths:
             seen = self.get_buffer(f"seen_{k}")
             setattr(self, f"codes_{k}", self._renew(k, seen, 1))
-        self.begun.fill_(True)
+        self.begun.fill_(1)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
@@ -146,7 +151,7 @@ class HQ(HashingMethod):
         parts = [self.relax_lengths(batch.inputs, self.lengths) for batch in batches]
         for k in self.lengths:
             self._renew(k, torch.cat([part[k][view] for view in VIEWS for part in parts]), ROUNDS)
-        self.begun.fill_(True)
+        self.begun.fill_(1)
 
     def _renew(self, bits: int, x: Tensor, rounds: int) -> Tensor:
         """Centres that fit x [N, bits], and its codes."""
