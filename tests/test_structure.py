@@ -23,9 +23,9 @@ LEVELS = (
     {"data", "encoders"},
     {"methods"},
     {"config"},
-    {"evaluator", "search", "cache"},
+    {"evaluator", "cache"},
     {"trainer", "report", "runs"},
-    {"train", "eval", "encode", "ablation", "audit", "baselines", "importance"},
+    {"train", "eval", "encode", "ablation", "audit", "baselines", "importance", "search"},
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 

@@ -27,8 +27,9 @@ def note(text: str) -> None:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 item`, `3 items`: for messages."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    """`1 item`, `3 items`, `2 queries`: for messages."""
+    several = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else several}"
 
 
 def brief(error: Exception) -> str:

@@ -53,6 +53,7 @@ class Run:
     config: Config
     method: HashingMethod
     fingerprint: str
+    digest: str  # of the weights
 
 
 def save(
@@ -141,7 +142,7 @@ def load(folder: Path) -> Run:
     if wrong:
         fail(path, wrong, f"the tensors of {method.title} as its configuration describes it")
     method.load_state_dict(tensors)
-    return Run(folder, config, method.eval(), fingerprint)
+    return Run(folder, config, method.eval(), fingerprint, digest)
 
 
 def _mismatch(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:

@@ -68,10 +68,16 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
     )
 
 
-def items(config: DataConfig) -> Pairs:
-    """The pairs of a data set that has images and captions. Raises VhablError as `load` does."""
+def items(config: DataConfig, unlabelled: bool = False) -> Pairs:
+    """The pairs of a data set that has images and captions; unlabelled: also rows of a table that
+    have no label. Raises VhablError as `load` does.
+    """
     path = locate(config.path)
-    return read_table(path, config) if config.kind == "table" else read_pairs(path, config)
+    if not path.exists():
+        raise VhablError(missing_message(config))
+    if config.kind == "table":
+        return read_table(path, config, unlabelled)
+    return read_pairs(path, config)
 
 
 def missing_message(config: DataConfig) -> str:

@@ -17,8 +17,9 @@ from vhabl.errors import VhablError, brief, fail, note, plural
 from vhabl.settings import DataConfig
 
 
-def read_table(path: Path, config: DataConfig) -> Pairs:
-    """Read a table. Rows without a label take no part, and a note says how many there are.
+def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pairs:
+    """Read a table. Rows without a label take no part, and a note says how many there are; with
+    `unlabelled` they do, and there need be no labels at all.
 
     Labels are names: a list, or a text with `data.separator` between them. Image paths are relative
     to `data.image_root` in the table's folder. Raises VhablError naming the file and the row.
@@ -26,11 +27,13 @@ def read_table(path: Path, config: DataConfig) -> Pairs:
     rows = list(_rows(path))
     for key in ("image_column", "caption_column", "label_column"):
         column = getattr(config, key)
+        if unlabelled and key == "label_column":
+            continue
         if rows and column not in rows[0]:
             known = ", ".join(rows[0])
             fail(f"{path}: row 1", f"columns {known}", f"{column!r} (key data.{key})")
     labels = [_labels(row.get(config.label_column), config.separator) for row in rows]
-    kept = [number for number, own in enumerate(labels) if own]
+    kept = [number for number, own in enumerate(labels) if own or unlabelled]
     if not kept:
         fail(f"{path}: column {config.label_column}", "no label in any row", "names of classes")
     if len(kept) < len(rows):

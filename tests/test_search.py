@@ -1,0 +1,480 @@
+"""Scans against a sort of all distances; the index on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import COLOURS, pair_config, write_feature_file, write_pair_folder
+
+from vhabl import errors, train
+from vhabl.codes import pack
+from vhabl.data import load as load_data
+from vhabl.errors import VhablError
+from vhabl.search import Index, __main__, scan, store
+from vhabl.search.where import parse
+
+
+def signs(count: int, bits: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).choice(np.array([-1, 1], np.int8), (count, bits))
+
+
+def nearest(
+    query: np.ndarray, database: np.ndarray, bits: int, top: int, allowed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sort all distances; rows of equal distance in their order, -1 behind those allowed."""
+    distance = (query[:, None, :bits] != database[None, :, :bits]).sum(axis=2)
+    if allowed is not None:
+        distance = np.where(allowed > 0, distance, 9999)
+    rows = np.argsort(distance, axis=1, kind="stable")[:, :top]
+    found = np.take_along_axis(distance, rows, axis=1)
+    return np.where(found == 9999, -1, found), np.where(found == 9999, -1, rows)
+
+
+@pytest.mark.parametrize("bits", [1, 7, 16, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("top", [1, 10, 500])
+def test_the_exact_scan_equals_a_sort(bits: int, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, database = signs(9, bits, 1), signs(400, bits, 2)
+    database[300:] = database[:100]  # ties
+    allowed = (np.arange(400) % 3 > 0).astype(np.uint8)
+    words = scan.to_words(pack(query)), scan.to_words(pack(database))
+    for some in (None, allowed):
+        found = scan.exact(*words, bits, top, some)
+        for mine, theirs in zip(found, nearest(query, database, bits, top, some), strict=True):
+            assert np.array_equal(mine, theirs)
+    shorter = max(1, bits - 5)  # a prefix of the stored codes
+    found = scan.exact(*words, shorter, top)
+    for mine, theirs in zip(found, nearest(query, database, shorter, top), strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def test_a_scan_of_many_chunks() -> None:
+    query, database = signs(3, 64, 1), signs(40_000, 64, 2)
+    found = scan.exact(scan.to_words(pack(query)), scan.to_words(pack(database)), 64, 50)
+    for mine, theirs in zip(found, nearest(query, database, 64, 50), strict=True):
+        assert np.array_equal(mine, theirs)
+    assert scan.exact(scan.to_words(pack(query)), np.zeros((0, 1), np.uint64), 64, 5)[0].size == 0
+
+
+def buckets(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in the order of prefixes, and where each prefix begins."""
+    found = scan.prefixes(packed)
+    starts = np.searchsorted(np.sort(found), np.arange(2**scan.PREFIX + 1))
+    return np.argsort(found, kind="stable"), starts
+
+
+@pytest.mark.parametrize("bits", [16, 40, 128])
+def test_a_scan_by_prefix_without_a_limit_is_exact(bits: int) -> None:
+    query, database = signs(9, 128, 1), signs(3000, 128, 2)
+    database[1000:] = np.where(np.random.default_rng(3).random((2000, 128)) < 0.1, -1, 1)
+    order, starts = buckets(pack(database))
+    database = database[order]
+    allowed = (np.arange(3000) % 3 > 0).astype(np.uint8)
+    packed = pack(query)
+    words = scan.to_words(packed), scan.to_words(pack(database))
+    for some in (None, allowed):
+        expected = nearest(query, database, bits, 50, some)
+        found = scan.by_prefix(
+            words[0], scan.prefixes(packed), words[1], starts, bits, 50, 3000, some
+        )
+        assert np.array_equal(found[0], expected[0])
+        distance = (query[:, None, :bits] != database[None, :, :bits]).sum(axis=2)
+        assert np.array_equal(np.take_along_axis(distance, found[1], axis=1), found[0])
+        assert all(len(set(rows)) == 50 for rows in found[1].tolist())
+
+
+def test_a_scan_by_prefix_stops_at_its_budget() -> None:
+    """It has met all of the nearest buckets, and no more of them than needed."""
+    query, database = signs(4, 64, 1), signs(5000, 64, 2)
+    order, starts = buckets(pack(database))
+    database = database[order]
+    packed = pack(query)
+    words = scan.to_words(packed), scan.to_words(pack(database))
+    found = scan.by_prefix(words[0], scan.prefixes(packed), words[1], starts, 64, 5, 300)
+    ahead = (query[:, None, :16] != database[None, :, :16]).sum(axis=2)
+    for q in range(4):
+        met = np.sort(ahead[q])[299]
+        possible = ahead[q] < met  # surely met
+        whole = (query[q] != database).sum(axis=1)
+        assert found[0][q, 0] <= whole[possible].min()
+        assert (ahead[q][found[1][q]] <= met + 1).all()
+    few = scan.by_prefix(words[0], scan.prefixes(packed), words[1], starts, 64, 40, 1)
+    assert (few[1] >= 0).all()  # as many as asked for, whatever the budget
+
+
+# -- filters ---------------------------------------------------------------------------------------
+
+NAMES = ["cat", "dog", "owl's", 'a "b"', "Food & Drink", "or", "x6", "x7", "x8", "x9"]
+LABELS = np.random.default_rng(0).random((50, 10)) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("label = 'cat'", LABELS[:, 0]),
+        ("label='x9'", LABELS[:, 9]),
+        ("label != 'Food & Drink'", ~LABELS[:, 4]),
+        ("label = 'owl''s'", LABELS[:, 2]),
+        ('label = "a ""b"""', LABELS[:, 3]),
+        ("LABEL IN ('cat', 'dog' , 'x8')", LABELS[:, 0] | LABELS[:, 1] | LABELS[:, 8]),
+        ("label='cat' or label='dog' and label='or'", LABELS[:, 0] | LABELS[:, 1] & LABELS[:, 5]),
+        ("(label='cat' or label='dog') and not label='or'",
+         (LABELS[:, 0] | LABELS[:, 1]) & ~LABELS[:, 5]),
+        ("not not label='cat'", LABELS[:, 0]),
+        ("not (label='cat' and label='dog')", ~(LABELS[:, 0] & LABELS[:, 1])),
+    ],
+)  # fmt: skip
+def test_a_filter_chooses_items(text: str, expected: np.ndarray) -> None:
+    packed = np.packbits(LABELS, axis=1, bitorder="little")
+    found = parse(text, NAMES).mask(packed)
+    assert found.dtype == np.uint8 and np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("label = 'cow'", "label: found 'cow'; expected one such as owl's"),
+        ("label = cat", "found cat; expected label = 'NAME'"),
+        ("label = 'cat", "found 'cat; expected|found '; expected"),
+        ("label = 'cat' label = 'dog'", "found label; expected"),
+        ("caption = 'cat'", "found caption; expected"),
+        ("label = 'cat' and", "found its end; expected"),
+        ("(label = 'cat'", "found its end; expected"),
+        ("label in ()", r"found \); expected"),
+        ("", "found its end; expected"),
+        ("label > 'cat'", "found >; expected"),
+    ],
+)
+def test_a_filter_that_is_none(text: str, message: str) -> None:
+    with pytest.raises(VhablError, match=message):
+        parse(text, NAMES)
+
+
+# -- codes on disk ---------------------------------------------------------------------------------
+
+ABOUT = {"views": ["image", "text"], "bits": 24, "class_names": ["a", "b", "c"]}
+
+
+def items(count: int, begin: int = 0) -> store.Items:
+    numbers = range(begin, begin + count)
+    labels = np.array([[n % 2 == 0, n % 3 == 0, n % 5 == 0] for n in numbers], np.uint8)
+    captions = [f"caption {n}" * (n % 4) for n in numbers]
+    ids, images = [f"id {n} \u00e9" for n in numbers], [f"{n}.png" for n in numbers]
+    return store.Items(ids, captions, images, labels)
+
+
+def two_views(count: int, seed: int) -> dict[str, np.ndarray]:
+    return {"image": signs(count, 24, seed), "text": signs(count, 24, seed + 100)}
+
+
+def packed(codes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {view: pack(rows) for view, rows in codes.items()}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> store.Store:
+    return store.create(
+        tmp_path / "index", ABOUT, packed(two_views(60, 1)), items(60), lambda _: {}
+    )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_items_are_found_with_what_belongs_to_them(small: store.Store) -> None:
+    """By id and by scan, in each view, after items were added and deleted."""
+    codes, other = two_views(60, 1), two_views(40, 7)
+    small = small.add(packed(other), items(40, 60))
+    assert len(small) == 100 and small.find("id 7") is None
+    dead = [3, 17, 71, 99]
+    small = small.delete([f"id {n} \u00e9" for n in dead[:1]])
+    small = small.delete([f"id {n} \u00e9" for n in dead[1:]])
+    assert len(small) == 96 and len(store.Store(small.folder)) == 96
+    everything = items(100)
+    query = signs(5, 24, 50)
+    for view in ("image", "text"):
+        whole = np.concatenate([codes[view], other[view]])
+        distance = (query[:, None] != whole[None]).sum(axis=2)
+        distance[:, dead] = 999
+        for budget in (1.0, 0.9999):
+            found = small.scan(view, pack(query), 24, 120, budget)
+            assert np.array_equal(found[0][:, :96], np.sort(distance, axis=1)[:, :96])
+            assert (found[2][:, 96:] == -1).all()
+            for q in range(5):
+                seen = set()
+                for d, s, i in zip(*(part[q, :96] for part in found), strict=True):
+                    texts = small.texts(s, i)
+                    n = everything.ids.index(texts["ids"])
+                    assert distance[q, n] == d and small.find(texts["ids"]) == (s, i)
+                    assert texts["captions"] == everything.captions[n]
+                    assert texts["images"] == f"{n}.png"
+                    own = [c for c, has in zip("abc", everything.labels[n], strict=True) if has]
+                    assert small.labels(s, i) == own
+                    seen.add(n)
+                assert len(seen) == 96
+    found = small.scan("text", pack(query), 24, 120, chosen=[
+        parse("label = 'b'", "abc").mask(segment.labels) for segment in small.segments
+    ])  # fmt: skip
+    assert (found[2] >= 0).sum(axis=1).tolist() == [sum(n % 3 == 0 for n in range(100)) - 2] * 5
+    names = [p.name for p in small.folder.rglob("alive*")]
+    assert len(names) == 2  # one a segment, none that nothing names
+
+
+def test_what_cannot_be_changed_is_left_as_it_was(small: store.Store, tmp_path: Path) -> None:
+    before = content(small.folder)
+    for change, message in (
+        (lambda: small.add(packed(two_views(2, 3)), items(2, 59)), "id 59 \u00e9: found an item"),
+        (lambda: small.delete(["id 5 \u00e9", "id 60 \u00e9"]), "id 60 \u00e9: found no item"),
+        (lambda: small.add(packed(two_views(0, 3)), items(0)), "items: found none"),
+        (lambda: small.add(packed(two_views(2, 3)), store.Items(["x"] * 2, [""] * 2, [""] * 2,
+                                                               np.zeros((2, 3), np.uint8))),
+         "id x: found it twice"),
+        (lambda: store.create(small.folder, ABOUT, packed(two_views(9, 3)), items(9), lambda _: {}),
+         "index: found a file or folder; expected nothing"),
+    ):  # fmt: skip
+        with pytest.raises(VhablError, match=message):
+            change()
+        assert content(small.folder) == before
+    with pytest.raises(RuntimeError):
+        store.create(tmp_path / "new", ABOUT, packed(two_views(9, 3)), items(9), fails)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index"]
+    (small.folder / "segment-0001").mkdir()  # of a process that was killed
+    assert len(small.add(packed(two_views(2, 3)), items(2, 60))) == 62
+
+
+def fails(_: store.Store) -> dict[str, object]:
+    raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("segment-0000/codes_image.npy", lambda b: b[:-1], "codes_image.npy: found 307 bytes"),
+        ("segment-0000/codes_text.npy", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "another checksum"),
+        ("segment-0000/starts_text.npy", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "another checksum"),
+        ("segment-0000/rows_text.npy", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "another checksum"),
+        ("segment-0000/ids.bin", None, r"ids\.bin: found no such file; expected the 4\d\d bytes"),
+        ("index.json", None, r"index: found no index\.json"),
+        ("index.json", lambda b: b[:40], "damaged description"),
+        ("index.json", lambda b: b"[]", "damaged description"),
+        ("index.json", lambda b: b.replace(b'"format": 1', b'"format": 2'), "found format 2"),
+        ("index.json", lambda b: b.replace(b'"alive"', b'"dead"'), "a segment without"),
+    ],
+)
+def test_a_damaged_index(small: store.Store, file: str, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    path = small.folder / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(VhablError, match=message):
+        store.Store(small.folder)
+
+
+def test_all_of_an_index_can_be_verified(small: store.Store) -> None:
+    small.verify()
+    path = small.folder / "segment-0000" / "captions.bin"
+    path.write_bytes(b"C" + path.read_bytes()[1:])
+    with pytest.raises(VhablError, match=r"captions\.bin: found another checksum"):
+        store.Store(small.folder).verify()
+
+
+# -- with a model ----------------------------------------------------------------------------------
+
+
+def trained(folder: Path, method: str, *overrides: str) -> None:
+    config = pair_config(folder, method, "encoder.name=features", "data.min_count=1",
+                         "validation.fraction=0", "epochs=40", *overrides)  # fmt: skip
+    train.train(config, load_data(config.data, config.encoder), progress_bar=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_pair_folder(tmp_path / "pairs")
+
+
+@pytest.fixture
+def index(folder: Path) -> Index:
+    trained(folder, "nested_mlp", "model.modality_dropout=0.2", "out=run")
+    return Index.build("index", "run")
+
+
+def brute(index: Index, codes: np.ndarray, bits: int, view: str = "fused") -> list[int]:
+    """Sorted distances to all pairs of the folder, encoded again."""
+    config = index.model.run.config.data
+    from vhabl.data import items as read
+
+    pairs = read(config)
+    own = index.model.encode(images=pairs.files, texts=pairs.captions)[view]
+    return sorted((own[:, :bits] != codes[:bits]).sum(axis=1).tolist())
+
+
+def test_a_fused_index_is_asked_with_a_text_an_image_or_both(index: Index, folder: Path) -> None:
+    index = Index.open("index")
+    picture = folder / "images" / "4.png"
+    for given in ({"text": "a red picture"}, {"image": picture}, {"text": "", "image": picture}):
+        code = index.model.encode(
+            images=[given["image"]] if "image" in given else None,
+            texts=[given["text"]] if "text" in given else None,
+        )["fused"][0]  # fmt: skip
+        for bits in (None, 8, 5):
+            hits = index.search(**given, top=60, bits=bits)
+            assert [hit.distance for hit in hits] == brute(index, code, bits or 16)
+    first = index.search(text="a red picture", top=3)
+    assert all(hit.caption.startswith(f"a {hit.labels[0]}") or not hit.caption for hit in first)
+    assert first == index.search(text="a red picture", top=3, mode="prefix")
+    only = index.search(text="a red picture", top=60, where="label != 'red'")
+    assert {hit.labels for hit in only} == {(name,) for name in COLOURS if name != "red"}
+    assert Path(first[0].image).is_file() and json.dumps(first[0].as_dict())
+
+
+def test_items_come_and_go(index: Index, folder: Path) -> None:
+    picture = folder / "images" / "4.png"
+    index.add(images=[picture], texts=["the only one"], ids=["mine"], labels=[["blue"]])
+    (hit, *_) = Index.open("index").search(text="the only one", image=picture, top=1)
+    assert hit.distance == 0 and len(index.store) == 61
+    found = {h.id: h for h in index.search(text="the only one", image=picture, top=61)}
+    assert found["mine"].labels == ("blue",) and found["mine"].image == str(picture)
+    index.delete(["mine"])
+    assert "mine" not in {h.id for h in index.search(text="the only one", top=61)}
+    for given, message in (
+        ({"texts": ["a"], "ids": ["a", "b"]}, "ids: found 2; expected 1, as there are items"),
+        ({"texts": ["a"], "ids": ["n"], "labels": [["pink"]]}, "labels of n: found 'pink'"),
+    ):
+        with pytest.raises(VhablError, match=message):
+            index.add(**given)
+    assert len(Index.open("index").store) == 60
+
+
+def test_a_cross_modal_index_answers_in_the_other_modality(folder: Path) -> None:
+    trained(folder, "hq", "out=run")
+    index = Index.build("index", "run", bits=8)
+    assert index.store.views == ["image", "text"]
+    code = index.model.encode(texts=["a red picture"], bits=8)["text"]
+    hits = index.search(text="a red picture", top=60)
+    own = {view: index.search_codes(code, view, 60)[0] for view in ("image", "text")}
+    assert hits == own["image"] == index.search(text="a red picture", top=60, against="image")
+    assert own["text"] == index.search(text="a red picture", top=60, against="text") != hits
+    picture = folder / "images" / "4.png"
+    found = index.search(image=picture, top=60)
+    assert found == index.search_codes(index.model.encode(images=[picture], bits=8)["image"],
+                                       "text", 60)[0]  # fmt: skip
+    for given, message in (
+        ({"text": "a", "bits": 4}, "key bits: found 4; expected 8, the only length"),
+        ({"text": "a", "image": picture}, "found a text and an image; expected one of them"),
+        ({"text": "a", "against": "fused"}, "key against: found 'fused'; expected image or text"),
+        ({"text": "a", "mode": "magic"}, "key mode: found 'magic'"),
+        ({"text": "a", "top": 0}, "key top: found 0"),
+        ({}, "query: found neither a text nor an image"),
+    ):
+        with pytest.raises(VhablError, match=message):
+            index.search(**given)
+    with pytest.raises(VhablError, match=r"codes: found shape \(1, 9\); expected \[N, 8\]"):
+        index.search_codes(np.ones((1, 9), np.int8), "image")
+
+
+def test_a_scan_by_prefix_compares_as_much_as_it_must(folder: Path) -> None:
+    """The smallest share of the items that finds 99 of 100 on a sample, and no smaller one."""
+    rng = np.random.default_rng(0)
+    centres = signs(40, 64, 1)
+    codes = centres[rng.integers(40, size=4000)] * np.where(rng.random((4000, 64)) < 0.05, -1, 1)
+    about = {"views": ["fused"], "bits": 64, "class_names": []}
+    every = store.Items([str(n) for n in range(4000)], [""] * 4000, [""] * 4000,
+                        np.zeros((4000, 0), np.uint8))  # fmt: skip
+    from vhabl.search.index import BUDGETS, _recall
+
+    made = store.create(folder / "i", about, {"fused": pack(codes)}, every, _recall)
+    chosen = made.meta["recall"]["fused"]
+    assert chosen["budget"] < 0.5 and chosen["recall"] >= 0.99
+    smaller = BUDGETS[BUDGETS.index(chosen["budget"]) - 1]
+    sample = pack(codes[rng.choice(4000, 300, False)])
+    exact = made.scan("fused", sample, 64, 100)[0][:, -1:]
+    reached = [(made.scan("fused", sample, 64, 100, b)[0] <= exact).mean()
+               for b in (smaller, chosen["budget"])]  # fmt: skip
+    assert reached[0] < 0.99 and reached[1] > 0.985
+
+
+def test_a_model_that_is_another_is_refused(index: Index, folder: Path) -> None:
+    shutil.rmtree("run")
+    trained(folder, "nested_mlp", "model.modality_dropout=0.2", "out=run", "seed=5")
+    with pytest.raises(VhablError, match="run: found another model than the index was built with"):
+        Index.open("index").search(text="a")
+    shutil.rmtree("run")
+    with pytest.raises(VhablError, match=r"run: found no weights\.safetensors"):
+        Index.open("index").search(text="a")
+
+
+def test_the_commands(index: Index, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: object) -> str:
+        assert __main__.main([str(a) for a in arguments]) == 0
+        return capsys.readouterr().out
+
+    said = run("build", "--checkpoint", "run", "--out", "other", "--bits", 8, "--quiet")
+    assert said.splitlines()[0] == "other: 60 items of emoji, 1 segment"
+    assert "fused, 1 to 8 bits" in said and "mode prefix on fused: compares" in said
+    picture = folder / "images" / "4.png"
+    lines = run("query", "other", "--text", "a green picture, number 4", "--image", picture,
+                "--top", 60).splitlines()  # fmt: skip
+    (own,) = [line for line in lines if line.endswith(str(picture))]
+    assert len(lines) == 60 and "0  a green picture, number 4  [green]  " in own
+    rows = [json.loads(line) for line in run(
+        "query", "index", "--image", folder / "images" / "3.png", "--json", "--bits", 8,
+        "--where", "label = 'blue'", "--mode", "prefix").splitlines()]  # fmt: skip
+    assert len(rows) == 10 and all(row["labels"] == ["blue"] for row in rows)
+    (folder / "more.csv").write_text("image,caption\n1.png,new one\n", encoding="utf-8")
+    assert "61 items of emoji, 2 segments" in run("add", "index", "--table", folder / "more.csv")
+    assert "60 items" in run("delete", "index", "--id", "1.png") and "60 items" in run(
+        "info", "index"
+    )
+    assert run("query", "index", "--text", "a", "--where", "label='red' and label='blue'") == ""
+
+
+def test_an_index_of_a_table_without_labels(index: Index, folder: Path) -> None:
+    (folder / "own.csv").write_text("image,caption\n1.png,one\n2.png,two\n", encoding="utf-8")
+    recipe = folder / "own.yaml"
+    recipe.write_text(f"name: own\nkind: table\npath: {folder}/own.csv\n", encoding="utf-8")
+    mine = Index.build("mine", "run", recipe)
+    assert [hit.labels for hit in mine.search(text="one")] == [(), ()]
+    assert mine.store.class_names == []
+
+
+def test_an_index_of_feature_files(tmp_path: Path) -> None:
+    from helpers import small_config
+
+    file = write_feature_file(tmp_path / "f.mat")
+    config = small_config(file, "vh_abl", "out=run", "epochs=1")
+    data = load_data(config.data)
+    train.train(config, data, progress_bar=False)
+    index = Index.build("index", "run")
+    codes = index.model.encode(images=data.query.image, texts=data.query.text)["fused"]
+    found = index.search_codes(codes, "fused", 3)
+    assert len(found) == 20 and found[0][0].id.startswith("item ")
+    assert found[0][0].labels[0].startswith("class ")
+    with pytest.raises(VhablError, match="texts: found "):
+        index.search(text="a red picture")
+
+
+def test_errors_are_one_message(index: Index, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    for arguments, message in (
+        (
+            ["build", "--checkpoint", "run", "--out", "index"],
+            "error: index: found a file or folder",
+        ),
+        (
+            ["build", "--checkpoint", "run", "--out", "n", "--bits", "99"],
+            "error: key bits: found 99",
+        ),
+        (["query", "nowhere", "--text", "a"], "error: nowhere: found no index.json"),
+        (["query", "index", "--image", "nowhere.png"], "error: nowhere.png: found no such file"),
+        (["query", "index", "--text", "a", "--bits", "17"], "error: key bits: found 17"),
+    ):
+        monkeypatch.setattr("sys.argv", ["x", *arguments])
+        with pytest.raises(SystemExit) as left:
+            errors.run(__main__.main)
+        assert left.value.code == 2
+        assert capsys.readouterr().err.startswith(message)
+        assert not Path("n").exists()

@@ -1,0 +1,119 @@
+"""Build an index of one's own data, and ask it.
+
+python -m vhabl.search build --checkpoint RUN --data configs/data/emoji.yaml --out INDEX
+python -m vhabl.search query INDEX --text "red fruit" --top 10 --where "label = 'Food & Drink'"
+python -m vhabl.search query INDEX --image photo.jpg --bits 64 --mode prefix
+python -m vhabl.search add INDEX --table more.csv
+python -m vhabl.search delete INDEX --id NAME
+python -m vhabl.search info INDEX
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from vhabl import errors
+from vhabl.data.table import read_items
+from vhabl.search.index import Index
+from vhabl.settings import DataConfig
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vhabl.search",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="encode a data set and write its index")
+    build.add_argument("--checkpoint", required=True, metavar="RUN", help="the folder of a run")
+    build.add_argument("--data", metavar="FILE", help="in configs/data; default: that of the run")
+    build.add_argument("--out", required=True, metavar="INDEX", help="a folder that does not exist")
+    build.add_argument("--bits", type=int, metavar="N", help="code length [the longest]")
+    build.add_argument("--device", default="auto", metavar="NAME")
+    build.add_argument("--quiet", action="store_true", help="no progress bar")
+    build.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=PATH")
+    query = commands.add_parser("query", help="the nearest items of a text or an image")
+    query.add_argument("index", metavar="INDEX")
+    query.add_argument("--text", metavar="TEXT")
+    query.add_argument("--image", metavar="FILE")
+    query.add_argument("--top", type=int, default=10, metavar="N", help="items [10]")
+    query.add_argument("--bits", type=int, metavar="N", help="a shorter code: its first bits")
+    query.add_argument("--mode", choices=("exact", "prefix"), default="exact")
+    query.add_argument("--where", default="", metavar="FILTER", help="such as \"label = 'cat'\"")
+    query.add_argument("--against", default="", metavar="VIEW", help="image | text")
+    query.add_argument("--json", action="store_true", help="one item a line")
+    add = commands.add_parser("add", help="encode the rows of a table and add them")
+    add.add_argument("index", metavar="INDEX")
+    add.add_argument("--table", type=Path, required=True, metavar="FILE")
+    add.add_argument("--image-root", default="images", metavar="DIR")
+    delete = commands.add_parser("delete", help="delete items by their ids")
+    delete.add_argument("index", metavar="INDEX")
+    delete.add_argument("--id", action="append", required=True, metavar="ID")
+    info = commands.add_parser("info", help="say what an index holds, and read it whole")
+    info.add_argument("index", metavar="INDEX")
+    given = parser.parse_args(arguments)
+    if given.command == "build":
+        built = Index.build(
+            given.out, given.checkpoint, given.data, given.bits, given.overrides, given.device,
+            progress_bar=not given.quiet,
+        )  # fmt: skip
+        print(describe(built))
+        return 0
+    index = Index.open(given.index)
+    if given.command == "query":
+        ask(index, given)
+    elif given.command == "add":
+        config = DataConfig("table", "table", str(given.table), image_root=given.image_root)
+        ids, images, texts = read_items(given.table, config)
+        index.add(images, texts, ids)
+        print(describe(index))
+    elif given.command == "delete":
+        index.delete(given.id)
+        print(describe(index))
+    else:
+        index.store.verify()
+        print(describe(index))
+    return 0
+
+
+def ask(index: Index, given: argparse.Namespace) -> None:
+    hits = index.search(
+        given.text, given.image, given.top, given.bits, given.mode, given.where, given.against
+    )
+    if given.json:
+        for hit in hits:
+            print(json.dumps(hit.as_dict()))
+        return
+    for rank, hit in enumerate(hits, 1):
+        labels = f"  [{', '.join(hit.labels)}]" if hit.labels else ""
+        print(
+            f"{rank:3d}. {hit.distance:4d}  {hit.caption or hit.id}{labels}  {hit.image}".rstrip()
+        )
+    if not hits:
+        errors.note("no item passes the filter")
+
+
+def describe(index: Index) -> str:
+    """What an index holds, in lines."""
+    store, meta = index.store, index.store.meta
+    lengths = f"1 to {store.bits}" if meta["any_length"] else str(store.bits)
+    some = ", ".join(store.class_names[:5]) + ", ..." * (len(store.class_names) > 5)
+    lines = [
+        f"{store.folder}: {errors.plural(len(store), 'item')} of {meta['data']}, "
+        f"{errors.plural(len(store.segments), 'segment')}",
+        f"codes of {meta['method']} ({meta['run']}): {', '.join(store.views)}, {lengths} bits",
+        f"{errors.plural(len(store.class_names), 'label')}: {some or 'none'}",
+    ]
+    for view, found in meta["recall"].items():
+        lines.append(
+            f"mode prefix on {view}: compares {found['budget']:.1%} of the items, recall@"
+            f"{found['at']} {found['recall']:.4f} ({errors.plural(found['queries'], 'query')})"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    errors.run(main)
