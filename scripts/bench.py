@@ -3,6 +3,7 @@
 python scripts/bench.py losses [--json]
 python scripts/bench.py eval [--json]
 python scripts/bench.py cache [--json]
+python scripts/bench.py search [--json]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vhabl import losses
+from vhabl.codes import pack
 from vhabl.config import CONFIG_DIR
 from vhabl.config import load as load_config
 from vhabl.data import load as load_data
@@ -32,8 +34,10 @@ from vhabl.files import PROJECT
 from vhabl.metrics import HEADLINE, MEASURES, Kernel, evaluate
 from vhabl.metrics.counts import Packed
 from vhabl.metrics.evaluation import pick_kernel
+from vhabl.search import scan, store
+from vhabl.search.index import BUDGETS, RECALL
 from vhabl.trainer import Trainer
-from vhabl.types import Codes
+from vhabl.types import Codes, Inputs
 
 
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -317,10 +321,120 @@ def some_pairs(folder: Path, count: int) -> Path:
     return folder
 
 
+SEARCHED, ASKED, NEAREST = 1_000_000, 1000, 100
+
+
+def bench_search() -> list[dict[str, object]]:
+    """Scans of a million codes of a trained model, and of random ones, against FAISS; and what an
+    index of ten million takes to open.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        trained = codes_under_noise(Path(folder), SEARCHED + ASKED)
+        rng = np.random.default_rng(0)
+        random = rng.integers(0, 256, (SEARCHED + ASKED, 16), dtype=np.uint8)
+        for name, packed in (("trained", trained), ("random", random)):
+            rows.append(scans(name, packed[:SEARCHED], packed[SEARCHED:]))
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            some = trained[rng.integers(0, len(trained), 10 * SEARCHED)]
+            write_index(Path(folder) / "large", some)
+            rows.append(pool.submit(opening, Path(folder) / "large").result())
+    return rows
+
+
+def codes_under_noise(folder: Path, count: int) -> np.ndarray:
+    """Packed codes of the shipped items' features under noise, by a model trained on them."""
+    config = load_config(
+        CONFIG_DIR / "hiamh.yaml",
+        ["data=emoji", "epochs=10", "validation.fraction=0", f"out={folder}/run", "codes=none",
+         "model.net.members=1", "model.net.joint_hidden=0"],
+    )
+    data = load_data(config.data, config.encoder)
+    method = Trainer(config, data, False).run()
+    random = torch.Generator().manual_seed(0)
+    inputs = data.database.inputs()
+    assert inputs.image is not None and inputs.text is not None
+    spread = inputs.image.std(dim=0)
+    parts = []
+    with torch.no_grad():
+        for start in range(0, count, 4096):
+            rows = torch.randint(len(data.database), (min(4096, count - start),), generator=random)
+            image, text = inputs.image[rows], inputs.text[rows]
+            image = image + 0.5 * spread * torch.randn(image.shape, generator=random)
+            text = text * (torch.rand(text.shape, generator=random) < 0.7)  # words are lost
+            parts.append(pack(method.encode(Inputs(image, text), 128)["fused"].numpy()))
+    return np.concatenate(parts)
+
+
+def scans(name: str, database: np.ndarray, query: np.ndarray) -> dict[str, object]:
+    import faiss
+
+    order = np.argsort(scan.prefixes(database), kind="stable")
+    database = np.ascontiguousarray(database[order])
+    starts = np.searchsorted(scan.prefixes(database), np.arange(2**scan.PREFIX + 1))
+    flat = faiss.IndexBinaryFlat(128)
+    flat.add(database)
+    flat.use_heap = False
+    words, asked = scan.to_words(database), scan.to_words(query)
+    found, _ = scan.exact(asked, words, 128, NEAREST)
+    times = {
+        "faiss": median_seconds(lambda: flat.search(query, NEAREST), 3),
+        "exact": median_seconds(lambda: scan.exact(asked, words, 128, NEAREST), 3),
+    }
+    for budget in BUDGETS:
+
+        def by_prefix(limit: int = int(budget * len(database))) -> np.ndarray:
+            ahead = scan.prefixes(query)
+            return scan.by_prefix(asked, ahead, words, starts, 128, NEAREST, limit)[0]
+
+        recall = float((by_prefix() <= found[:, -1:]).mean())
+        if recall >= RECALL:
+            break
+    times["prefix"] = median_seconds(by_prefix, 3)
+    return {
+        "case": f"{name} codes: {len(query):,} queries, {len(database):,} x 128 bits",
+        **{f"{kind}_seconds": value for kind, value in times.items()},
+        "exact_to_faiss": times["exact"] / times["faiss"],
+        "exact_to_prefix": times["exact"] / times["prefix"],
+        "prefix_compares": budget,
+        f"prefix_recall@{NEAREST}": recall,
+        "cores": os.cpu_count(),
+    }
+
+
+def write_index(folder: Path, packed: np.ndarray) -> None:
+    names = [str(number) for number in range(len(packed))]
+    blank = [""] * len(packed)
+    about = {"views": ["fused"], "bits": 128, "class_names": []}
+    every = store.Items(names, blank, blank, np.zeros((len(packed), 0), np.uint8))
+    store.create(folder, about, {"fused": packed}, every, lambda _: {})
+
+
+def opening(folder: Path) -> dict[str, object]:
+    """In a process of its own: seconds to open an index, and memory to open and ask it."""
+    query = np.zeros((1, 16), np.uint8)
+    start = time.perf_counter()
+    opened = store.Store(folder)
+    seconds = time.perf_counter() - start
+    opened.scan("fused", query, 128, NEAREST)  # what is compiled is no memory of the index
+    del opened
+
+    def ask() -> None:
+        store.Store(folder).scan("fused", query, 128, NEAREST)
+
+    return {
+        "case": "index of 10 million codes of 128 bits",
+        "open_seconds": seconds,
+        "codes_MiB": 10 * SEARCHED * 16 / 2**20,
+        "memory_MiB": peak_mib(ask),
+    }
+
+
 BENCHES: dict[str, Callable[[], list[dict[str, object]]]] = {
     "losses": bench_losses,
     "eval": bench_eval,
     "cache": bench_cache,
+    "search": bench_search,
 }
 
 
