@@ -346,8 +346,15 @@ def codes_under_noise(folder: Path, count: int) -> np.ndarray:
     """Packed codes of the shipped items' features under noise, by a model trained on them."""
     config = load_config(
         CONFIG_DIR / "hiamh.yaml",
-        ["data=emoji", "epochs=10", "validation.fraction=0", f"out={folder}/run", "codes=none",
-         "model.net.members=1", "model.net.joint_hidden=0"],
+        [
+            "data=emoji",
+            "epochs=10",
+            "validation.fraction=0",
+            f"out={folder}/run",
+            "codes=none",
+            "model.net.members=1",
+            "model.net.joint_hidden=0",
+        ],
     )
     data = load_data(config.data, config.encoder)
     method = Trainer(config, data, False).run()
