@@ -14,6 +14,7 @@ from vhabl import errors, train
 from vhabl.codes import pack
 from vhabl.data import load as load_data
 from vhabl.errors import VhablError
+from vhabl.metrics import integer_weights
 from vhabl.search import Index, __main__, scan, store
 from vhabl.search.where import parse
 
@@ -49,6 +50,18 @@ def test_the_exact_scan_equals_a_sort(bits: int, top: int, monkeypatch: pytest.M
     found = scan.exact(*words, shorter, top)
     for mine, theirs in zip(found, nearest(query, database, shorter, top), strict=True):
         assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("bits", [20, 64, 100])
+def test_the_scan_by_weights_equals_a_sort(bits: int) -> None:
+    query, database = signs(5, 128, 1), signs(300, 128, 2)
+    weights = np.random.default_rng(0).integers(0, 100, bits)
+    distance = ((query[:, None, :bits] != database[None, :, :bits]) * weights).sum(axis=2)
+    words = scan.to_words(pack(query)), scan.to_words(pack(database))
+    found = scan.exact(*words, bits, 30, weights=weights)
+    rows = np.argsort(distance, axis=1, kind="stable")[:, :30]
+    assert np.array_equal(found[1], rows)
+    assert np.array_equal(found[0], np.take_along_axis(distance, rows, axis=1))
 
 
 def test_a_scan_of_many_chunks() -> None:
@@ -367,7 +380,8 @@ def test_a_cross_modal_index_answers_in_the_other_modality(folder: Path) -> None
         ({"text": "a", "bits": 4}, "key bits: found 4; expected 8, the only length"),
         ({"text": "a", "image": picture}, "found a text and an image; expected one of them"),
         ({"text": "a", "against": "fused"}, "key against: found 'fused'; expected image or text"),
-        ({"text": "a", "mode": "magic"}, "key mode: found 'magic'"),
+        ({"text": "a", "mode": "magic"}, "key mode: found 'magic'; expected exact or weighted or"),
+        ({"text": "a", "mode": "weighted"}, "found 'weighted'; expected exact or prefix: HQ has"),
         ({"text": "a", "top": 0}, "key top: found 0"),
         ({}, "query: found neither a text nor an image"),
     ):
@@ -452,6 +466,13 @@ def test_an_index_of_feature_files(tmp_path: Path) -> None:
     index = Index.build("index", "run")
     codes = index.model.encode(images=data.query.image, texts=data.query.text)["fused"]
     found = index.search_codes(codes, "fused", 3)
+    weights = index.store.meta["importance"]
+    importance = index.model.method.bit_importance()
+    assert importance is not None and weights == integer_weights(importance.numpy())[0].tolist()
+    everything = index.model.encode(images=data.database.image, texts=data.database.text)["fused"]
+    weighted = index.search_codes(codes[:1], "fused", 60, bits=8, mode="weighted")[0]
+    expected = ((everything[:, :8] != codes[0, :8]) * np.array(weights[:8])).sum(axis=1)
+    assert [hit.distance for hit in weighted] == sorted(expected.tolist())
     assert len(found) == 20 and found[0][0].id.startswith("item ")
     assert found[0][0].labels[0].startswith("class ")
     with pytest.raises(VhablError, match="texts: found "):

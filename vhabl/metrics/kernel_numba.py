@@ -21,7 +21,7 @@ from vhabl.metrics.counts import Ordered, Packed, discounts, without_own
 
 # With OpenMP numba would set the number of threads for torch too, in the middle of a training.
 numba.config.THREADING_LAYER = "workqueue"
-_one_at_a_time = threading.Lock()  # which this layer needs
+one_at_a_time = threading.Lock()  # which this layer needs
 
 CHUNK = 16384  # items; a chunk and its bins stay in the first cache levels
 
@@ -37,7 +37,7 @@ def popcount(_context: Any, _word: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _by_word(rows: np.ndarray, start: int, n: int, out: np.ndarray) -> None:
+def by_word(rows: np.ndarray, start: int, n: int, out: np.ndarray) -> None:
     """Words of rows start ... start + n, transposed into out [W, CHUNK]."""
     for i in range(n):
         for w in range(rows.shape[1]):
@@ -45,7 +45,7 @@ def _by_word(rows: np.ndarray, start: int, n: int, out: np.ndarray) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _distances(
+def distances_of(
     query: np.ndarray, words: np.ndarray, table: np.ndarray, n: int, out: np.ndarray
 ) -> None:
     """Distances of one query to the n items of a chunk.
@@ -115,11 +115,11 @@ def _histogram(
     masks = np.empty((query_labels.shape[1], CHUNK), np.uint64)
     for start in range(0, len(database), CHUNK):
         n = min(CHUNK, len(database) - start)
-        _by_word(database, start, n, words)
-        _by_word(database_labels, start, n, masks)
+        by_word(database, start, n, words)
+        by_word(database_labels, start, n, masks)
         for q in prange(len(query)):
             bins = np.empty(CHUNK, levels.dtype)
-            _distances(query[q], words, table, n, bins)
+            distances_of(query[q], words, table, n, bins)
             _add_shared(query_labels[q], masks, n, levels, bins)
             parts = np.zeros((4, width), np.int32)
             _count(bins, n, parts)
@@ -151,12 +151,12 @@ def _ordered(
     masks = np.empty((query_labels.shape[1], CHUNK), np.uint64)
     for start in range(0, len(database), CHUNK):
         n = min(CHUNK, len(database) - start)
-        _by_word(database, start, n, words)
-        _by_word(database_labels, start, n, masks)
+        by_word(database, start, n, words)
+        by_word(database_labels, start, n, masks)
         for q in prange(len(query)):
             distance = np.empty(CHUNK, np.uint32)
             shared = np.zeros(CHUNK, np.uint32)
-            _distances(query[q], words, table, n, distance)
+            distances_of(query[q], words, table, n, distance)
             _add_shared(query_labels[q], masks, n, np.ones(1, np.uint32), shared)
             ranks, found = rank[q], hits[q]
             skipped = left_out[q] - start
@@ -179,22 +179,24 @@ def _ordered(
     return precision, within, first, dcg
 
 
-def _weight_table(packed: Packed) -> np.ndarray:
-    """Summed weights of the ones of every byte value at every byte of a code, [8 W, 256] uint32."""
-    if packed.weights is None:
+def weight_table(weights: np.ndarray | None, words: int) -> np.ndarray:
+    """Summed weights of the ones of every byte value at every byte of a code, [8 W, 256] uint32;
+    without weights [0, 256].
+    """
+    if weights is None:
         return np.empty((0, 256), np.uint32)
-    weights = np.zeros(packed.query.shape[1] * 64, np.uint32)
-    weights[: packed.bits] = packed.weights
+    weights = np.pad(weights.astype(np.uint32), (0, words * 64 - len(weights)))
     ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return (weights.reshape(-1, 8) @ ones.T.astype(np.uint32)).astype(np.uint32)
 
 
 def _arrays(packed: Packed) -> tuple[np.ndarray, ...]:
     arrays = packed.query, packed.database, packed.query_labels, packed.database_labels
-    return *(np.ascontiguousarray(a).view(np.ndarray) for a in arrays), _weight_table(packed)
+    table = weight_table(packed.weights, packed.query.shape[1])
+    return *(np.ascontiguousarray(a).view(np.ndarray) for a in arrays), table
 
 
-def _use_threads() -> None:
+def use_threads() -> None:
     """As many threads as torch has, which `threads=` and OMP_NUM_THREADS set."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
@@ -203,8 +205,8 @@ def histogram(packed: Packed) -> np.ndarray:
     """Items at each distance that share each number of labels: int64 [Q, distances, levels]."""
     narrow = packed.distances * packed.levels < 1 << 16
     levels = np.array([packed.levels], np.uint16 if narrow else np.uint32)
-    with _one_at_a_time:
-        _use_threads()
+    with one_at_a_time:
+        use_threads()
         counts = _histogram(*_arrays(packed), packed.distances, levels)
     return without_own(packed, counts.reshape(-1, packed.distances, packed.levels))
 
@@ -221,7 +223,7 @@ def ordered(packed: Packed, counts: np.ndarray, cuts: tuple[int, ...]) -> Ordere
         packed.gains,
         discounts(min(max(cuts, default=0), len(packed.database))),
     )
-    with _one_at_a_time:
-        _use_threads()
+    with one_at_a_time:
+        use_threads()
         precision, within, first, dcg = _ordered(*arguments)
     return Ordered(cuts, precision, within, first, dcg)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vhabl import errors
 from vhabl.data.table import read_items
-from vhabl.search.index import Index
+from vhabl.search.index import MODES, Index
 from vhabl.settings import DataConfig
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     query.add_argument("--image", metavar="FILE")
     query.add_argument("--top", type=int, default=10, metavar="N", help="items [10]")
     query.add_argument("--bits", type=int, metavar="N", help="a shorter code: its first bits")
-    query.add_argument("--mode", choices=("exact", "prefix"), default="exact")
+    query.add_argument("--mode", choices=MODES, default="exact")
     query.add_argument("--where", default="", metavar="FILTER", help="such as \"label = 'cat'\"")
     query.add_argument("--against", default="", metavar="VIEW", help="image | text")
     query.add_argument("--json", action="store_true", help="one item a line")

@@ -12,6 +12,7 @@ needs the index alone.
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +28,13 @@ from vhabl.data import load as load_data
 from vhabl.encode import Images, Model, Texts
 from vhabl.encode import load as load_model
 from vhabl.errors import fail
+from vhabl.metrics import integer_weights
 from vhabl.search import store
 from vhabl.search.where import parse
 from vhabl.settings import DataConfig
 
-Mode = Literal["exact", "prefix"]
+Mode = Literal["exact", "weighted", "prefix"]
+MODES = typing.get_args(Mode)
 RECALL, RECALL_AT, SAMPLE = 0.99, 100, 200  # what a scan by prefix shall reach, on so many items
 BUDGETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the items
 
@@ -98,6 +101,7 @@ class Index:
             "digest": model.run.digest,
             "views": list(packed),
             "bits": bits,
+            "importance": _importance(model, bits),
             "class_names": class_names,
         }
         index = cls(store.create(folder, about, packed, items, _recall), device)
@@ -129,8 +133,9 @@ class Index:
     ) -> list[Hit]:
         """The nearest items of a text, an image or a pair.
 
-        bits: a shorter length, where the method serves prefixes; mode: `exact`, or `prefix`, which
-        compares the items with the nearest first bits alone; where: a filter, see
+        bits: a shorter length, where the method serves prefixes; mode: `exact`; `weighted`,
+        exact too, each bit counted by its importance, where the method learns one; or `prefix`,
+        which compares the items with the nearest first bits alone; where: a filter, see
         `vhabl.search.where`; against: `image` or `text`, for the codes of a cross-modal method: by
         default those of the modality that the query is not. Raises VhablError.
         """
@@ -183,14 +188,18 @@ class Index:
             fail("codes", f"shape {codes.shape}", f"[N, {self.store.bits}], as the index has")
         if top < 1:
             fail("key top", str(top), "at least 1")
-        if mode not in ("exact", "prefix"):
-            fail("key mode", repr(mode), "exact or prefix")
+        if mode not in MODES:
+            fail("key mode", repr(mode), " or ".join(MODES))
+        weights = self.store.meta["importance"]
+        if mode == "weighted" and weights is None:
+            fail("key mode", "'weighted'", f"exact or prefix: {self.store.meta['method']} has none")
         budget = self.store.meta["recall"][view]["budget"] if mode == "prefix" else 1.0
         chosen = None
         if where:
             wanted = parse(where, self.store.class_names)
             chosen = [wanted.mask(segment.labels) for segment in self.store.segments]
-        found = self.store.scan(view, pack(codes), bits, top, budget, chosen)
+        of_bits = np.array(weights[:bits]) if mode == "weighted" else None
+        found = self.store.scan(view, pack(codes), bits, top, budget, chosen, of_bits)
         return [
             [self._hit(int(d), int(s), int(i)) for d, s, i in zip(*rows, strict=True) if i >= 0]
             for rows in zip(*found, strict=True)
@@ -237,6 +246,14 @@ class Index:
         """Raises VhablError, and deletes none, for an id that there is not."""
         self.store = self.store.delete(ids)
         return self
+
+
+def _importance(model: Model, bits: int) -> list[int] | None:
+    """Integer weights of the bits, where the method learns such."""
+    weights = model.method.bit_importance()
+    if weights is None:
+        return None
+    return list(map(int, integer_weights(weights[:bits].cpu().numpy())[0]))
 
 
 def _recall(found: store.Store) -> dict[str, Any]:

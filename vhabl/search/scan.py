@@ -10,10 +10,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange, uint64
 
-from vhabl.metrics.kernel_numba import CHUNK, _by_word, _distances, _one_at_a_time, popcount
+from vhabl.metrics.kernel_numba import (
+    CHUNK,
+    by_word,
+    distances_of,
+    one_at_a_time,
+    popcount,
+    use_threads,
+    weight_table,
+)
 
 PREFIX = 16  # bits that buckets are made of
-_NO_WEIGHTS = np.zeros((0, 256), np.int32)
 ALL = np.uint64(2**64 - 1)
 _EVERY = np.zeros(0, np.uint8)
 _BY_ONES = np.argsort(np.bitwise_count(np.arange(2**PREFIX, dtype=np.uint32)), kind="stable")
@@ -48,16 +55,20 @@ def exact(
     bits: int,
     top: int,
     allowed: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distances [Q, k] and rows [Q, k] of the k = min(top, N) nearest of words [N, W] for query
     words [Q, W], by their first bits; -1 where fewer are allowed. allowed: 0 for items that take
-    no part, [N] uint8.
+    no part, [N] uint8. weights: of each bit in a distance, [bits] of integers; 1 without.
     """
     k, mask = min(top, len(database)), masks(bits)
     query = query[:, : len(mask)] & mask
     some = _EVERY if allowed is None else allowed
-    with _one_at_a_time:
-        return _exact(query, database, mask, k, some, _NO_WEIGHTS)
+    table = weight_table(weights, len(mask))
+    farthest = bits if weights is None else int(weights.sum())
+    with one_at_a_time:
+        use_threads()
+        return _exact(query, database, mask, k, some, table, farthest)
 
 
 def by_prefix(
@@ -79,7 +90,8 @@ def by_prefix(
     """
     k, mask = min(top, len(database)), masks(bits)
     some = _EVERY if allowed is None else allowed
-    with _one_at_a_time:
+    with one_at_a_time:
+        use_threads()
         return _by_prefix(query, query_prefix, database, mask, starts, k, budget, some, _BY_ONES)
 
 
@@ -129,10 +141,10 @@ def _sorted(
 @njit(cache=True, parallel=True, nogil=True)
 def _exact(
     query: np.ndarray, database: np.ndarray, masks: np.ndarray, k: int, allowed: np.ndarray,
-    table: np.ndarray,
+    table: np.ndarray, farthest: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     room = 4 * k + 64
-    far = 64 * query.shape[1] + 1  # a distance that no item has
+    far = farthest + 1  # a distance that no item has
     distance = np.empty((len(query), room), np.int32)
     row = np.empty((len(query), room), np.int64)
     counts = np.zeros(len(query), np.int64)
@@ -142,13 +154,13 @@ def _exact(
     words = np.empty((query.shape[1], CHUNK), np.uint64)
     for start in range(0, len(database), CHUNK):
         n = min(CHUNK, len(database) - start)
-        _by_word(database[:, : len(masks)], start, n, words)
+        by_word(database[:, : len(masks)], start, n, words)
         if masks[-1] != ALL:
             words[-1, :n] &= masks[-1]
         for q in prange(len(query)):
             bins = np.empty(far, np.int64)
             near = np.empty(CHUNK, np.int32)
-            _distances(query[q], words, table, n, near)
+            distances_of(query[q], words, table, n, near)
             count, limit = counts[q], limits[q]
             for i in range(n):
                 if near[i] < limit and (len(allowed) == 0 or allowed[start + i]):

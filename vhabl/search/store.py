@@ -199,10 +199,12 @@ class Store:
         top: int,
         budget: float = 1.0,
         chosen: Sequence[np.ndarray | None] | None = None,
+        weights: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distances, segments and items [Q, top] of the nearest for packed codes [Q, B], by their
         first bits; -1 where there are fewer. budget: the share of a segment that a scan by prefix
-        may compare; 1 is the exact scan. chosen: for each segment, which items take part.
+        may compare; 1 is the exact scan. chosen: for each segment, which items take part;
+        weights: of each bit, for the exact scan.
         """
         words, ahead = scan.to_words(query), scan.prefixes(query)
         parts = []
@@ -215,7 +217,7 @@ class Store:
                     allowed,
                 )  # fmt: skip
             else:
-                found = scan.exact(words, segment.words[view], bits, top, allowed)
+                found = scan.exact(words, segment.words[view], bits, top, allowed, weights)
             distance, rows = found
             parts.append((distance, np.full_like(rows, number), segment.items_of(view, rows)))
         return _merge(parts, top)
