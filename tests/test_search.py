@@ -473,6 +473,9 @@ def test_an_index_of_feature_files(tmp_path: Path) -> None:
     weighted = index.search_codes(codes[:1], "fused", 60, bits=8, mode="weighted")[0]
     expected = ((everything[:, :8] != codes[0, :8]) * np.array(weights[:8])).sum(axis=1)
     assert [hit.distance for hit in weighted] == sorted(expected.tolist())
+    index.add(images=data.query.image[:1], texts=data.query.text[:1], ids=["new"])
+    (added,) = [h for h in index.search_codes(codes[:1], "fused", 61)[0] if h.id == "new"]
+    assert (added.distance, added.caption, added.image) == (0, "", "")
     assert len(found) == 20 and found[0][0].id.startswith("item ")
     assert found[0][0].labels[0].startswith("class ")
     with pytest.raises(VhablError, match="texts: found "):

@@ -235,7 +235,7 @@ class Index:
                 if name not in names:
                     fail(f"labels of {ids[row]}", repr(name), "a class of the index")
                 matrix[row, names.index(name)] = 1
-        captions = [""] * len(ids) if texts is None else [str(text) for text in texts]
+        captions = [""] * len(ids) if texts is None else [_caption(text) for text in texts]
         paths = [""] * len(ids) if images is None else [_path(image) for image in images]
         items = store.Items(list(ids), captions, paths, matrix)
         packed = {view: pack(codes[view]) for view in self.store.views}
@@ -276,8 +276,12 @@ def _recall(found: store.Store) -> dict[str, Any]:
     return {"recall": measured}
 
 
+def _caption(text: Any) -> str:
+    return text if isinstance(text, str) else ""  # features have none
+
+
 def _path(image: Any) -> str:
-    return "" if isinstance(image, Image.Image | np.ndarray) else str(image)
+    return str(Path(image).resolve()) if isinstance(image, str | Path) else ""
 
 
 def _items_of(config: DataConfig, model: Model) -> tuple[dict[str, Any], store.Items, list[str]]:
