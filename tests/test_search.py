@@ -99,6 +99,19 @@ def test_a_scan_by_prefix_without_a_limit_is_exact(bits: int) -> None:
         assert all(len(set(rows)) == 50 for rows in found[1].tolist())
 
 
+def test_a_scan_by_prefix_goes_on_while_an_item_may_be_nearer() -> None:
+    """Hundreds of items differ in 5 bits behind the prefix; one in 4 bits of the prefix itself."""
+    query = np.ones((1, 32), np.int8)
+    database = np.ones((400, 32), np.int8)
+    database[:, 20:25] = -1
+    database[123] = 1
+    database[123, 3:7] = -1
+    order, starts = buckets(pack(database))
+    words = scan.to_words(pack(query)), scan.to_words(pack(database[order]))
+    found = scan.by_prefix(words[0], scan.prefixes(pack(query)), words[1], starts, 32, 1, 400)
+    assert found[0].tolist() == [[4]] and order[found[1][0, 0]] == 123
+
+
 def test_a_scan_by_prefix_stops_at_its_budget() -> None:
     """It has met all of the nearest buckets, and no more of them than needed."""
     query, database = signs(4, 64, 1), signs(5000, 64, 2)
