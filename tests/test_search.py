@@ -269,7 +269,17 @@ def test_what_cannot_be_changed_is_left_as_it_was(small: store.Store, tmp_path: 
         store.create(tmp_path / "new", ABOUT, packed(two_views(9, 3)), items(9), fails)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index"]
     (small.folder / "segment-0001").mkdir()  # of a process that was killed
+    (small.folder / "segment-0001" / "ids.bin").touch()
     assert len(small.add(packed(two_views(2, 3)), items(2, 60))) == 62
+
+
+def test_an_id_is_free_again_when_its_item_is_deleted(small: store.Store) -> None:
+    small = small.delete(["id 7 \u00e9"])
+    assert small.find("id 7 \u00e9") is None
+    with pytest.raises(VhablError, match="id 7 \u00e9: found no item"):
+        small.delete(["id 7 \u00e9"])
+    small = small.add(packed(two_views(1, 3)), items(1, 7))
+    assert small.find("id 7 \u00e9") == (1, 0) and len(small) == 60
 
 
 def fails(_: store.Store) -> dict[str, object]:
