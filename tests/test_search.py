@@ -410,6 +410,8 @@ def test_a_cross_modal_index_answers_in_the_other_modality(folder: Path) -> None
     ):
         with pytest.raises(VhablError, match=message):
             index.search(**given)
+    with pytest.raises(VhablError, match="items: found no image; expected image and text of each"):
+        index.add(texts=["a"], ids=["x"])
     with pytest.raises(VhablError, match=r"codes: found shape \(1, 9\); expected \[N, 8\]"):
         index.search_codes(np.ones((1, 9), np.int8), "image")
 
