@@ -376,9 +376,8 @@ def codes_under_noise(folder: Path, count: int) -> np.ndarray:
 def scans(name: str, database: np.ndarray, query: np.ndarray) -> dict[str, object]:
     import faiss
 
-    order = np.argsort(scan.prefixes(database), kind="stable")
+    order, starts = scan.buckets(database)
     database = np.ascontiguousarray(database[order])
-    starts = np.searchsorted(scan.prefixes(database), np.arange(2**scan.PREFIX + 1))
     flat = faiss.IndexBinaryFlat(128)
     flat.add(database)
     flat.use_heap = False
@@ -391,8 +390,7 @@ def scans(name: str, database: np.ndarray, query: np.ndarray) -> dict[str, objec
     for budget in BUDGETS:
 
         def by_prefix(limit: int = int(budget * len(database))) -> np.ndarray:
-            ahead = scan.prefixes(query)
-            return scan.by_prefix(asked, ahead, words, starts, 128, NEAREST, limit)[0]
+            return scan.by_prefix(asked, words, starts, 128, NEAREST, limit)[0]
 
         recall = float((by_prefix() <= found[:, -1:]).mean())
         if recall >= RECALL:

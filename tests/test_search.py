@@ -72,27 +72,18 @@ def test_a_scan_of_many_chunks() -> None:
     assert scan.exact(scan.to_words(pack(query)), np.zeros((0, 1), np.uint64), 64, 5)[0].size == 0
 
 
-def buckets(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in the order of prefixes, and where each prefix begins."""
-    found = scan.prefixes(packed)
-    starts = np.searchsorted(np.sort(found), np.arange(2**scan.PREFIX + 1))
-    return np.argsort(found, kind="stable"), starts
-
-
 @pytest.mark.parametrize("bits", [16, 40, 128])
 def test_a_scan_by_prefix_without_a_limit_is_exact(bits: int) -> None:
     query, database = signs(9, 128, 1), signs(3000, 128, 2)
     database[1000:] = np.where(np.random.default_rng(3).random((2000, 128)) < 0.1, -1, 1)
-    order, starts = buckets(pack(database))
+    order, starts = scan.buckets(pack(database))
     database = database[order]
     allowed = (np.arange(3000) % 3 > 0).astype(np.uint8)
     packed = pack(query)
     words = scan.to_words(packed), scan.to_words(pack(database))
     for some in (None, allowed):
         expected = nearest(query, database, bits, 50, some)
-        found = scan.by_prefix(
-            words[0], scan.prefixes(packed), words[1], starts, bits, 50, 3000, some
-        )
+        found = scan.by_prefix(words[0], words[1], starts, bits, 50, 3000, some)
         assert np.array_equal(found[0], expected[0])
         distance = (query[:, None, :bits] != database[None, :, :bits]).sum(axis=2)
         assert np.array_equal(np.take_along_axis(distance, found[1], axis=1), found[0])
@@ -106,20 +97,20 @@ def test_a_scan_by_prefix_goes_on_while_an_item_may_be_nearer() -> None:
     database[:, 20:25] = -1
     database[123] = 1
     database[123, 3:7] = -1
-    order, starts = buckets(pack(database))
+    order, starts = scan.buckets(pack(database))
     words = scan.to_words(pack(query)), scan.to_words(pack(database[order]))
-    found = scan.by_prefix(words[0], scan.prefixes(pack(query)), words[1], starts, 32, 1, 400)
+    found = scan.by_prefix(words[0], words[1], starts, 32, 1, 400)
     assert found[0].tolist() == [[4]] and order[found[1][0, 0]] == 123
 
 
 def test_a_scan_by_prefix_stops_at_its_budget() -> None:
     """It has met all of the nearest buckets, and no more of them than needed."""
     query, database = signs(4, 64, 1), signs(5000, 64, 2)
-    order, starts = buckets(pack(database))
+    order, starts = scan.buckets(pack(database))
     database = database[order]
     packed = pack(query)
     words = scan.to_words(packed), scan.to_words(pack(database))
-    found = scan.by_prefix(words[0], scan.prefixes(packed), words[1], starts, 64, 5, 300)
+    found = scan.by_prefix(words[0], words[1], starts, 64, 5, 300)
     ahead = (query[:, None, :16] != database[None, :, :16]).sum(axis=2)
     for q in range(4):
         met = np.sort(ahead[q])[299]
@@ -127,7 +118,7 @@ def test_a_scan_by_prefix_stops_at_its_budget() -> None:
         whole = (query[q] != database).sum(axis=1)
         assert found[0][q, 0] <= whole[possible].min()
         assert (ahead[q][found[1][q]] <= met + 1).all()
-    few = scan.by_prefix(words[0], scan.prefixes(packed), words[1], starts, 64, 40, 1)
+    few = scan.by_prefix(words[0], words[1], starts, 64, 40, 1)
     assert (few[1] >= 0).all()  # as many as asked for, whatever the budget
 
 

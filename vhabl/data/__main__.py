@@ -7,10 +7,9 @@ import sys
 
 from vhabl import errors
 from vhabl.config import load_data_config
-from vhabl.data import items, load, missing_message
+from vhabl.data import items, load
 from vhabl.data.pairs import bad_images, describe_pairs, draw
-from vhabl.errors import EXIT_USER_ERROR, VhablError
-from vhabl.files import locate
+from vhabl.errors import EXIT_USER_ERROR
 
 
 def main(arguments: list[str]) -> int:
@@ -24,9 +23,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=PATH")
     given = parser.parse_intermixed_args(arguments)
     config = load_data_config(given.config, given.overrides)
-    path = locate(config.path)
-    if not path.exists():
-        raise VhablError(missing_message(config))
     if config.kind == "features":
         data = load(config)
         sizes = [len(split) for split in (data.train, data.database, data.query)]

@@ -65,17 +65,16 @@ def main(arguments: list[str]) -> int:
     index = Index.open(given.index)
     if given.command == "query":
         ask(index, given)
-    elif given.command == "add":
+        return 0
+    if given.command == "add":
         config = DataConfig("table", "table", str(given.table), image_root=given.image_root)
         ids, images, texts = read_items(given.table, config)
         index.add(images, texts, ids)
-        print(describe(index))
     elif given.command == "delete":
         index.delete(given.id)
-        print(describe(index))
     else:
         index.store.verify()
-        print(describe(index))
+    print(describe(index))
     return 0
 
 

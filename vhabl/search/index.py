@@ -83,8 +83,7 @@ class Index:
         default. Raises VhablError where the folder exists, and as `vhabl.load` and the readers do.
         """
         folder = Path(folder)
-        if folder.exists():
-            fail(folder, "a file or folder", "nothing: an index is written anew")
+        store.check_new(folder)
         model = load_model(run, device)
         bits = model.method.bits if bits is None else bits
         model.method.check_length(bits)

@@ -42,6 +42,15 @@ def prefixes(packed: np.ndarray) -> np.ndarray:
     return first.view(np.uint16)[:, 0]
 
 
+def buckets(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order of codes [N, B] by prefix, [N], and the first row of each bucket in that order,
+    [2^PREFIX + 1].
+    """
+    ahead = prefixes(packed)
+    order = np.argsort(ahead, kind="stable")
+    return order, np.searchsorted(ahead[order], np.arange(2**PREFIX + 1)).astype(np.int64)
+
+
 def masks(bits: int) -> np.ndarray:
     """Ones for the first bits of a code's words: [ceil(bits / 64)]."""
     whole, rest = divmod(bits, 64)
@@ -73,7 +82,6 @@ def exact(
 
 def by_prefix(
     query: np.ndarray,
-    query_prefix: np.ndarray,
     database: np.ndarray,
     starts: np.ndarray,
     bits: int,
@@ -85,14 +93,15 @@ def by_prefix(
     `budget` items were compared, or until no other item can be nearer. Items at equal distance
     come in the order in which they were met.
 
-    database: in the order of prefixes; starts [2^PREFIX + 1]: the first row of each bucket.
+    database and starts: as `buckets` orders them.
     bits: at least `PREFIX`.
     """
     k, mask = min(top, len(database)), masks(bits)
     some = _EVERY if allowed is None else allowed
+    own = query[:, 0] & np.uint64(2**PREFIX - 1)  # the first bits of a word are its lowest
     with one_at_a_time:
         use_threads()
-        return _by_prefix(query, query_prefix, database, mask, starts, k, budget, some, _BY_ONES)
+        return _by_prefix(query, own, database, mask, starts, k, budget, some, _BY_ONES)
 
 
 @njit(cache=True, nogil=True)

@@ -118,8 +118,7 @@ def write_segment(folder: Path, codes: dict[str, np.ndarray], items: Items) -> d
     count = len(items.ids)
     order: np.ndarray | None = None
     for view, packed in codes.items():
-        ahead = scan.prefixes(packed)
-        by_prefix = np.argsort(ahead, kind="stable")
+        by_prefix, starts = scan.buckets(packed)
         if order is None:
             order = by_prefix
         else:  # items have the order of the first view
@@ -127,8 +126,7 @@ def write_segment(folder: Path, codes: dict[str, np.ndarray], items: Items) -> d
             place[order] = np.arange(count, dtype=np.uint32)
             np.save(folder / f"rows_{view}.npy", place[by_prefix])
         np.save(folder / f"codes_{view}.npy", packed[by_prefix])
-        starts = np.searchsorted(ahead[by_prefix], np.arange(2**scan.PREFIX + 1))
-        np.save(folder / f"starts_{view}.npy", starts.astype(np.int64))
+        np.save(folder / f"starts_{view}.npy", starts)
     assert order is not None
     labels = np.packbits(items.labels[order] > 0, axis=1, bitorder="little")
     np.save(folder / "labels.npy", labels)
@@ -206,14 +204,14 @@ class Store:
         may compare; 1 is the exact scan. chosen: for each segment, which items take part;
         weights: of each bit, for the exact scan.
         """
-        words, ahead = scan.to_words(query), scan.prefixes(query)
+        words = scan.to_words(query)
         parts = []
         for number, segment in enumerate(self.segments):
             allowed = segment.allowed(view, None if chosen is None else chosen[number])
             if budget < 1 and bits >= scan.PREFIX:
                 limit = int(np.ceil(budget * segment.size))
                 found = scan.by_prefix(
-                    words, ahead, segment.words[view], segment.starts[view], bits, top, limit,
+                    words, segment.words[view], segment.starts[view], bits, top, limit,
                     allowed,
                 )  # fmt: skip
             else:
@@ -288,6 +286,12 @@ class Store:
         return Store(self.folder)
 
 
+def check_new(folder: Path) -> None:
+    """Raise VhablError where there is something already."""
+    if folder.exists():
+        fail(folder, "a file or folder", "nothing: an index is written anew")
+
+
 def create(
     folder: Path,
     about: dict[str, Any],
@@ -299,8 +303,7 @@ def create(
     bits and class_names; measure: what it says more of the codes. Raises VhablError where the
     folder exists.
     """
-    if folder.exists():
-        fail(folder, "a file or folder", "nothing: an index is written anew")
+    check_new(folder)
     _check_ids(items.ids)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
