@@ -24,7 +24,6 @@ from vhabl.metrics import (
     curves,
     evaluate,
     evaluate_orders,
-    evaluate_ranking,
 )
 from vhabl.types import Batch, Codes, Dataset, Split
 
@@ -226,82 +225,51 @@ def real_valued_records(
     keep_own: bool = False,
     title: str = "",
 ) -> list[Record]:
-    """mAP@all by the cosine of a method's relaxed codes, before the sign: what binarising costs;
-    of a method with dictionaries `quantised_records`.
+    """mAP of searches by more than binary codes, one order of the whole database for each query.
 
-    It sorts query by query, and the database is whole. keep_own: as in `records`; title: as tables
-    name the method.
+    By the cosine of relaxed codes, before the sign: what binarising costs. Of a method with
+    dictionaries also mAP@50/hits, and the bytes that an item takes: by the real features of query
+    and database (lossless), by a query's feature and an item's centres (quantised), and by these
+    among the `SHORTLIST` items of the smallest Hamming distance (two-stage), the others behind them
+    by distance. keep_own: as in `records`; title: as tables name the method.
     """
     own = own_positions(data.query.ids, data.database.ids)
     kind, left_out = _own_items(own, keep_own)
-    if method.codebook(method.bits) is not None:
-        return quantised_records(method, data, lengths, seed, keep_own, title)
-    rows: list[Record] = []
-    index = tuple(m for m in MEASURES if m.name == "mAP@all" and m.ties == "index")
     query, database = (
         relaxed_codes(method, split, lengths) for split in (data.query, data.database)
     )
-    title = (title or method.title) + REAL_VALUED
-    for bits in lengths:
-        q, db = ({view: _unit(h) for view, h in side[bits].items()} for side in (query, database))
-        for task, found in to_tasks(q, db, data).items():
-            (value,) = evaluate_ranking(
-                found.query,
-                found.database,
-                found.query_labels,
-                found.database_labels,
-                index,
-                left_out,
-            )
-            template = Record(
-                title, data.name, task, bits, "", 0.0, seed, "", method.oracle_labels, 0, 0, "all",
-                kind,
-            )  # fmt: skip
-            real = replace(value, ties="real")
-            rows.append(_record(template, real, value.measure, value.value))
-    return rows
-
-
-def quantised_records(
-    method: HashingMethod,
-    data: Dataset,
-    lengths: Sequence[int],
-    seed: int,
-    keep_own: bool = False,
-    title: str = "",
-) -> list[Record]:
-    """mAP of the other searches that a method with dictionaries serves, and the bytes that an item
-    takes in each: by the real features of query and database (lossless), by a query's feature and
-    an item's centres (quantised), and by these among the `SHORTLIST` items of the smallest Hamming
-    distance (two-stage), the others behind them by distance.
-    """
-    own = own_positions(data.query.ids, data.database.ids)
-    kind, left_out = _own_items(own, keep_own)
-    asked = tuple(m for m in MEASURES if m.name in ("mAP@all", "mAP@50/hits") and m.ties == "index")
-    query, database = (
-        relaxed_codes(method, split, lengths) for split in (data.query, data.database)
-    )
+    quantised = method.codebook(method.bits) is not None
+    names = ("mAP@all", "mAP@50/hits") if quantised else ("mAP@all",)
+    asked = tuple(m for m in MEASURES if m.name in names and m.ties == "index")
     rows: list[Record] = []
     for bits in lengths:
         for task, found in to_tasks(query[bits], database[bits], data).items():
-            for suffix, (cost, orders) in _other_searches(method, bits, found).items():
-                name = (title or method.title) + suffix
+            searches = _by_centres(method, bits, found) if quantised else _by_cosine(found)
+            for suffix, (cost, orders) in searches.items():
                 template = Record(
-                    name, data.name, task, bits, "", 0.0, seed, "real", False, len(found.query), 0,
-                    "all", kind,
+                    (title or method.title) + suffix, data.name, task, bits, "", 0.0, seed, "real",
+                    method.oracle_labels, len(found.query), 0, "all", kind,
                 )  # fmt: skip
                 labels = found.query_labels, found.database_labels
                 for value in evaluate_orders(orders, *labels, asked, left_out):
                     real = replace(value, ties="real")
                     rows.append(_record(template, real, value.measure, value.value))
-                rows.append(replace(template, measure="bytes an item", value=cost))
+                if quantised:
+                    rows.append(replace(template, measure="bytes an item", value=cost))
     return rows
 
 
-def _other_searches(
-    method: HashingMethod, bits: int, features: Codes
-) -> dict[str, tuple[float, Iterator[np.ndarray]]]:
-    """Bytes of an item and the order of the database for each query, by the search's suffix."""
+# Bytes of an item, and the order of the database for each query, by what a title ends with.
+Searches = dict[str, tuple[float, Iterator[np.ndarray]]]
+
+
+def _by_cosine(features: Codes) -> Searches:
+    query, database = _unit(features.query), _unit(features.database)
+    orders = (np.argsort(-(database @ vector), kind="stable") for vector in query)
+    return {REAL_VALUED: (4.0 * features.bits, orders)}
+
+
+def _by_centres(method: HashingMethod, bits: int, features: Codes) -> Searches:
     centres = method.codebook(bits)
     assert centres is not None
     centres = centres.cpu()
@@ -309,13 +277,13 @@ def _other_searches(
     coded = codebooks.assign(database, centres)
     signs = [torch.where(side >= 0, 1.0, -1.0) for side in (query, database)]
 
-    def by_centres(number: int) -> np.ndarray:
+    def values(number: int) -> np.ndarray:
         return codebooks.scores(codebooks.tables(query[number], centres), coded).numpy()
 
     def two_stage(number: int) -> np.ndarray:
         by_distance = np.argsort(-(signs[1] @ signs[0][number]).numpy(), kind="stable")
         first, rest = by_distance[:SHORTLIST], by_distance[SHORTLIST:]
-        return np.concatenate([first[np.argsort(-by_centres(number)[first], kind="stable")], rest])
+        return np.concatenate([first[np.argsort(-values(number)[first], kind="stable")], rest])
 
     numbers = range(len(query))
     choice = len(centres) * math.log2(centres.shape[1]) / 8
@@ -324,7 +292,7 @@ def _other_searches(
             4.0 * bits,
             (np.argsort(-(database @ query[n]).numpy(), kind="stable") for n in numbers),
         ),
-        QUANTISED: (choice, (np.argsort(-by_centres(n), kind="stable") for n in numbers)),
+        QUANTISED: (choice, (np.argsort(-values(n), kind="stable") for n in numbers)),
         TWO_STAGE: (choice + bits / 8, (two_stage(n) for n in numbers)),
     }
 
