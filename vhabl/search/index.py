@@ -289,15 +289,20 @@ def _items_of(config: DataConfig, model: Model) -> tuple[dict[str, Any], store.I
     """
     if config.kind != "features":
         pairs = read_items(config, unlabelled=True)
-        names = pairs.class_names or [f"class {c + 1}" for c in range(pairs.labels.shape[1])]
+        names = _named(pairs.class_names, pairs.labels)
         kept = store.Items(
             pairs.ids, pairs.captions, [str(file.resolve()) for file in pairs.files], pairs.labels
         )
-        return {"images": pairs.files, "texts": pairs.captions}, kept, list(names)
+        return {"images": pairs.files, "texts": pairs.captions}, kept, names
     data = load_data(config)
     found = data.database
-    names = list(data.class_names) or [f"class {c + 1}" for c in range(found.labels.shape[1])]
+    names = _named(data.class_names, found.labels)
     ids = [f"item {number + 1}" for number in range(len(found))]
     blank = [""] * len(found)
     inputs = {"images": found.image, "texts": found.text}
     return inputs, store.Items(ids, blank, blank, found.labels), names
+
+
+def _named(names: Sequence[str], labels: np.ndarray) -> list[str]:
+    """Names of the classes, or their numbers where they have none."""
+    return list(names) or [f"class {c + 1}" for c in range(labels.shape[1])]
