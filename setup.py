@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# The embedded engine of 3.x has no binary vectors; that of 2.5 imports pkg_resources.
+MILVUS = ["pymilvus>=2.6,<3", "milvus-lite==2.5.1", "setuptools>=77,<82"]
+
 setup(
     name="vhabl",
     version="0.1.0",
@@ -30,9 +33,14 @@ setup(
         "numba>=0.60,<1",
         "torchvision>=0.19,<0.29",
         "open_clip_torch>=3.3,<4",
+        "fastapi>=0.115,<1",
+        "uvicorn>=0.30,<1",
+        "python-multipart>=0.0.18",
     ],
     extras_require={
         "test": [
+            *MILVUS,
+            "playwright>=1.45,<2",
             "pytest>=8,<10",
             "hypothesis>=6.90,<7",
             "ruff>=0.8",
@@ -40,6 +48,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
+        "milvus": MILVUS,
         "emoji": ["uharfbuzz>=0.39"],
         "parquet": ["pyarrow>=14"],
     },

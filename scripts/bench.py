@@ -35,7 +35,8 @@ from vhabl.metrics import HEADLINE, MEASURES, Kernel, evaluate
 from vhabl.metrics.counts import Packed
 from vhabl.metrics.evaluation import pick_kernel
 from vhabl.search import scan, store
-from vhabl.search.index import BUDGETS, RECALL
+from vhabl.search.approximate import RECALL, SHARES
+from vhabl.search.engine import Items
 from vhabl.trainer import Trainer
 from vhabl.types import Codes, Inputs
 
@@ -387,7 +388,7 @@ def scans(name: str, database: np.ndarray, query: np.ndarray) -> dict[str, objec
         "faiss": median_seconds(lambda: flat.search(query, NEAREST), 3),
         "exact": median_seconds(lambda: scan.exact(asked, words, 128, NEAREST), 3),
     }
-    for budget in BUDGETS:
+    for budget in SHARES:
 
         def by_prefix(limit: int = int(budget * len(database))) -> np.ndarray:
             return scan.by_prefix(asked, words, starts, 128, NEAREST, limit)[0]
@@ -411,7 +412,7 @@ def write_index(folder: Path, packed: np.ndarray) -> None:
     names = [str(number) for number in range(len(packed))]
     blank = [""] * len(packed)
     about = {"views": ["fused"], "bits": 128, "class_names": []}
-    every = store.Items(names, blank, blank, np.zeros((len(packed), 0), np.uint8))
+    every = Items(names, blank, blank, np.zeros((len(packed), 0), np.uint8))
     store.create(folder, about, {"fused": packed}, every, lambda _: {})
 
 

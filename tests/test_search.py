@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import COLOURS, pair_config, write_feature_file, write_pair_folder
 
-from vhabl import errors, train
+from vhabl import codebooks, errors, train
 from vhabl.codes import pack
+from vhabl.data import items as read_items
 from vhabl.data import load as load_data
+from vhabl.data.pairs import Pairs
 from vhabl.errors import VhablError
 from vhabl.metrics import integer_weights
-from vhabl.search import Index, __main__, scan, store
+from vhabl.search import Index, __main__, approximate, engine, milvus, scan, store
 from vhabl.search.where import parse
 
 
@@ -175,12 +179,12 @@ def test_a_filter_that_is_none(text: str, message: str) -> None:
 ABOUT = {"views": ["image", "text"], "bits": 24, "class_names": ["a", "b", "c"]}
 
 
-def items(count: int, begin: int = 0) -> store.Items:
+def items(count: int, begin: int = 0) -> engine.Items:
     numbers = range(begin, begin + count)
     labels = np.array([[n % 2 == 0, n % 3 == 0, n % 5 == 0] for n in numbers], np.uint8)
     captions = [f"caption {n}" * (n % 4) for n in numbers]
     ids, images = [f"id {n} \u00e9" for n in numbers], [f"{n}.png" for n in numbers]
-    return store.Items(ids, captions, images, labels)
+    return engine.Items(ids, captions, images, labels)
 
 
 def two_views(count: int, seed: int) -> dict[str, np.ndarray]:
@@ -206,7 +210,7 @@ def test_items_are_found_with_what_belongs_to_them(small: store.Store) -> None:
     """By id and by scan, in each view, after items were added and deleted."""
     codes, other = two_views(60, 1), two_views(40, 7)
     small = small.add(packed(other), items(40, 60))
-    assert len(small) == 100 and small.find("id 7") is None
+    assert len(small) == 100 and small.locate("id 7") is None
     dead = [3, 17, 71, 99]
     small = small.delete([f"id {n} \u00e9" for n in dead[:1]])
     small = small.delete([f"id {n} \u00e9" for n in dead[1:]])
@@ -217,8 +221,8 @@ def test_items_are_found_with_what_belongs_to_them(small: store.Store) -> None:
         whole = np.concatenate([codes[view], other[view]])
         distance = (query[:, None] != whole[None]).sum(axis=2)
         distance[:, dead] = 999
-        for budget in (1.0, 0.9999):
-            found = small.scan(view, pack(query), 24, 120, budget)
+        for mode in (("exact", 1.0), ("prefix", 0.9999)):
+            found = small.scan(view, pack(query), 24, 120, *mode)
             assert np.array_equal(found[0][:, :96], np.sort(distance, axis=1)[:, :96])
             assert (found[2][:, 96:] == -1).all()
             for q in range(5):
@@ -226,7 +230,7 @@ def test_items_are_found_with_what_belongs_to_them(small: store.Store) -> None:
                 for d, s, i in zip(*(part[q, :96] for part in found), strict=True):
                     texts = small.texts(s, i)
                     n = everything.ids.index(texts["ids"])
-                    assert distance[q, n] == d and small.find(texts["ids"]) == (s, i)
+                    assert distance[q, n] == d and small.locate(texts["ids"]) == (s, i)
                     assert texts["captions"] == everything.captions[n]
                     assert texts["images"] == f"{n}.png"
                     own = [c for c, has in zip("abc", everything.labels[n], strict=True) if has]
@@ -247,7 +251,7 @@ def test_what_cannot_be_changed_is_left_as_it_was(small: store.Store, tmp_path: 
         (lambda: small.add(packed(two_views(2, 3)), items(2, 59)), "id 59 \u00e9: found an item"),
         (lambda: small.delete(["id 5 \u00e9", "id 60 \u00e9"]), "id 60 \u00e9: found no item"),
         (lambda: small.add(packed(two_views(0, 3)), items(0)), "items: found none"),
-        (lambda: small.add(packed(two_views(2, 3)), store.Items(["x"] * 2, [""] * 2, [""] * 2,
+        (lambda: small.add(packed(two_views(2, 3)), engine.Items(["x"] * 2, [""] * 2, [""] * 2,
                                                                np.zeros((2, 3), np.uint8))),
          "id x: found it twice"),
         (lambda: store.create(small.folder, ABOUT, packed(two_views(9, 3)), items(9), lambda _: {}),
@@ -266,11 +270,11 @@ def test_what_cannot_be_changed_is_left_as_it_was(small: store.Store, tmp_path: 
 
 def test_an_id_is_free_again_when_its_item_is_deleted(small: store.Store) -> None:
     small = small.delete(["id 7 \u00e9"])
-    assert small.find("id 7 \u00e9") is None
+    assert small.locate("id 7 \u00e9") is None
     with pytest.raises(VhablError, match="id 7 \u00e9: found no item"):
         small.delete(["id 7 \u00e9"])
     small = small.add(packed(two_views(1, 3)), items(1, 7))
-    assert small.find("id 7 \u00e9") == (1, 0) and len(small) == 60
+    assert small.locate("id 7 \u00e9") == (1, 0) and len(small) == 60
 
 
 def fails(_: store.Store) -> dict[str, object]:
@@ -288,7 +292,7 @@ def fails(_: store.Store) -> dict[str, object]:
         ("index.json", None, r"index: found no index\.json"),
         ("index.json", lambda b: b[:40], "damaged description"),
         ("index.json", lambda b: b"[]", "damaged description"),
-        ("index.json", lambda b: b.replace(b'"format": 1', b'"format": 2'), "found format 2"),
+        ("index.json", lambda b: b.replace(b'"format": 2', b'"format": 1'), "found format 1"),
         ("index.json", lambda b: b.replace(b'"alive"', b'"dead"'), "a segment without"),
     ],
 )
@@ -330,12 +334,13 @@ def index(folder: Path) -> Index:
     return Index.build("index", "run")
 
 
+def read_pairs_of(index: Index) -> Pairs:
+    return read_items(index.model.run.config.data)
+
+
 def brute(index: Index, codes: np.ndarray, bits: int, view: str = "fused") -> list[int]:
     """Sorted distances to all pairs of the folder, encoded again."""
-    config = index.model.run.config.data
-    from vhabl.data import items as read
-
-    pairs = read(config)
+    pairs = read_pairs_of(index)
     own = index.model.encode(images=pairs.files, texts=pairs.captions)[view]
     return sorted((own[:, :bits] != codes[:bits]).sum(axis=1).tolist())
 
@@ -363,7 +368,7 @@ def test_items_come_and_go(index: Index, folder: Path) -> None:
     picture = folder / "images" / "4.png"
     index.add(images=[picture], texts=["the only one"], ids=["mine"], labels=[["blue"]])
     (hit, *_) = Index.open("index").search(text="the only one", image=picture, top=1)
-    assert hit.distance == 0 and len(index.store) == 61
+    assert hit.distance == 0 and len(index.engine) == 61
     found = {h.id: h for h in index.search(text="the only one", image=picture, top=61)}
     assert found["mine"].labels == ("blue",) and found["mine"].image == str(picture)
     index.delete(["mine"])
@@ -374,13 +379,13 @@ def test_items_come_and_go(index: Index, folder: Path) -> None:
     ):
         with pytest.raises(VhablError, match=message):
             index.add(**given)
-    assert len(Index.open("index").store) == 60
+    assert len(Index.open("index").engine) == 60
 
 
 def test_a_cross_modal_index_answers_in_the_other_modality(folder: Path) -> None:
     trained(folder, "hq", "out=run")
     index = Index.build("index", "run", bits=8)
-    assert index.store.views == ["image", "text"]
+    assert index.engine.views == ["image", "text"]
     code = index.model.encode(texts=["a red picture"], bits=8)["text"]
     hits = index.search(text="a red picture", top=60)
     own = {view: index.search_codes(code, view, 60)[0] for view in ("image", "text")}
@@ -394,8 +399,14 @@ def test_a_cross_modal_index_answers_in_the_other_modality(folder: Path) -> None
         ({"text": "a", "bits": 4}, "key bits: found 4; expected 8, the only length"),
         ({"text": "a", "image": picture}, "found a text and an image; expected one of them"),
         ({"text": "a", "against": "fused"}, "key against: found 'fused'; expected image or text"),
-        ({"text": "a", "mode": "magic"}, "key mode: found 'magic'; expected exact or weighted or"),
-        ({"text": "a", "mode": "weighted"}, "found 'weighted'; expected exact or prefix: HQ has"),
+        (
+            {"text": "a", "mode": "magic"},
+            "key mode: found 'magic'; expected exact or prefix or two-stage, as",
+        ),
+        (
+            {"text": "a", "mode": "weighted"},
+            "found 'weighted'; expected exact or prefix or two-stage, as the index of HQ has",
+        ),
         ({"text": "a", "top": 0}, "key top: found 0"),
         ({}, "query: found neither a text nor an image"),
     ):
@@ -413,18 +424,16 @@ def test_a_scan_by_prefix_compares_as_much_as_it_must(folder: Path) -> None:
     centres = signs(40, 64, 1)
     codes = centres[rng.integers(40, size=4000)] * np.where(rng.random((4000, 64)) < 0.05, -1, 1)
     about = {"views": ["fused"], "bits": 64, "class_names": []}
-    every = store.Items([str(n) for n in range(4000)], [""] * 4000, [""] * 4000,
+    every = engine.Items([str(n) for n in range(4000)], [""] * 4000, [""] * 4000,
                         np.zeros((4000, 0), np.uint8))  # fmt: skip
-    from vhabl.search.index import BUDGETS, _recall
-
-    made = store.create(folder / "i", about, {"fused": pack(codes)}, every, _recall)
-    chosen = made.meta["recall"]["fused"]
-    assert chosen["budget"] < 0.5 and chosen["recall"] >= 0.99
-    smaller = BUDGETS[BUDGETS.index(chosen["budget"]) - 1]
+    made = store.create(folder / "i", about, {"fused": pack(codes)}, every, approximate.measure)
+    chosen = made.meta["recall"]["fused"]["prefix"]
+    assert chosen["setting"] < 0.5 and chosen["recall"] >= 0.99
+    smaller = approximate.SHARES[approximate.SHARES.index(chosen["setting"]) - 1]
     sample = pack(codes[rng.choice(4000, 300, False)])
     exact = made.scan("fused", sample, 64, 100)[0][:, -1:]
-    reached = [(made.scan("fused", sample, 64, 100, b)[0] <= exact).mean()
-               for b in (smaller, chosen["budget"])]  # fmt: skip
+    reached = [(made.scan("fused", sample, 64, 100, "prefix", share)[0] <= exact).mean()
+               for share in (smaller, chosen["setting"])]  # fmt: skip
     assert reached[0] < 0.99 and reached[1] > 0.985
 
 
@@ -469,7 +478,7 @@ def test_an_index_of_a_table_without_labels(index: Index, folder: Path) -> None:
     recipe.write_text(f"name: own\nkind: table\npath: {folder}/own.csv\n", encoding="utf-8")
     mine = Index.build("mine", "run", recipe)
     assert [hit.labels for hit in mine.search(text="one")] == [(), ()]
-    assert mine.store.class_names == []
+    assert mine.engine.class_names == []
 
 
 def test_an_index_of_feature_files(tmp_path: Path) -> None:
@@ -482,7 +491,7 @@ def test_an_index_of_feature_files(tmp_path: Path) -> None:
     index = Index.build("index", "run")
     codes = index.model.encode(images=data.query.image, texts=data.query.text)["fused"]
     found = index.search_codes(codes, "fused", 3)
-    weights = index.store.meta["importance"]
+    weights = index.engine.meta["importance"]
     importance = index.model.method.bit_importance()
     assert importance is not None and weights == integer_weights(importance.numpy())[0].tolist()
     everything = index.model.encode(images=data.database.image, texts=data.database.text)["fused"]
@@ -518,3 +527,286 @@ def test_errors_are_one_message(index: Index, monkeypatch: pytest.MonkeyPatch, c
         assert left.value.code == 2
         assert capsys.readouterr().err.startswith(message)
         assert not Path("n").exists()
+
+
+# -- approximate modes -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clusters() -> np.ndarray:
+    """Codes of 64 bits [4000, 64] about 40 centres."""
+    rng = np.random.default_rng(0)
+    codes: np.ndarray = signs(40, 64, 1)[rng.integers(40, size=4000)]
+    return codes * np.where(rng.random((4000, 64)) < 0.05, -1, 1).astype(np.int8)
+
+
+def numbered(count: int, begin: int = 0) -> engine.Items:
+    names, blank = [str(n) for n in range(begin, begin + count)], [""] * count
+    labels = (np.arange(begin, begin + count)[:, None] % 50 == 0).astype(np.uint8)
+    return engine.Items(names, blank, blank, labels)
+
+
+@pytest.mark.parametrize("mode", ["ivf", "hnsw"])
+def test_a_graph_finds_nearly_all(clusters: np.ndarray, tmp_path: Path, mode: engine.Mode) -> None:
+    about = {"views": ["fused"], "bits": 64, "class_names": ["rare"]}
+    whole = {"fused": pack(clusters)}
+    made = store.create(
+        tmp_path / "i", about, whole, numbered(4000), approximate.measure, [mode]
+    )  # fmt: skip
+    assert made.modes == ("exact", "prefix", mode)
+    said = made.meta["recall"]["fused"][mode]
+    assert said["recall"] >= 0.99 and said["at"] == 100 and said["queries"] == 200
+    query = clusters[:5] * np.where(np.arange(64) < 3, -1, 1).astype(np.int8)
+
+    def found(opened: store.Store, top: int, wanted: str = "") -> list[list[int]]:
+        asked = parse(wanted, ["rare"]) if wanted else None
+        both = [
+            opened.find(engine.Query("fused", pack(query), 64, top, kind, asked))
+            for kind in (mode, "exact")
+        ]
+        for side in both:
+            for q, hits in enumerate(side):
+                for hit in hits:
+                    assert hit.distance == (clusters[int(hit.id) % 4000] != query[q]).sum()
+        near, exact = ([[h.distance for h in rows] for rows in side] for side in both)
+        assert all(len(a) == len(b) for a, b in zip(near, exact, strict=True))
+        share = [np.mean(np.array(a) <= b[-1]) for a, b in zip(near, exact, strict=True)]
+        assert np.mean(share) >= 0.95
+        return near
+
+    found(made, 20)
+    # a rare label: what the graph met lacks most of it, and the exact scan answers
+    assert len(found(made, 60, "label = 'rare'")[0]) == 60
+    changed = made.add({"fused": pack(clusters[:300])}, numbered(300, 4000))
+    changed = changed.delete([str(n) for n in range(0, 4000, 2)])
+    rows = found(store.Store(changed.folder), 30)
+    assert len(rows[0]) == 30
+    few = store.create(
+        tmp_path / "few", about, {"fused": pack(clusters[:3])}, numbered(3), approximate.measure,
+        [mode],
+    )  # fmt: skip
+    assert len(few.find(engine.Query("fused", pack(query), 64, 9, mode))[0]) == 3
+
+
+def test_a_changed_graph_is_found_out(clusters: np.ndarray, tmp_path: Path) -> None:
+    about = {"views": ["fused"], "bits": 64, "class_names": ["rare"]}
+    store.create(tmp_path / "i", about, {"fused": pack(clusters)}, numbered(4000),
+                 approximate.measure, ["ivf"])  # fmt: skip
+    path = tmp_path / "i" / "segment-0000" / "ivf_fused.faiss"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    opened = store.Store(tmp_path / "i")
+    with pytest.raises(VhablError, match=r"ivf_fused\.faiss: found another checksum"):
+        opened.find(engine.Query("fused", pack(clusters[:1]), 64, 9, "ivf"))
+
+
+def test_the_second_stage_ranks_by_the_centres(folder: Path) -> None:
+    """The nearest by distance, in the order of inner products that are worked out one by one."""
+    trained(folder, "hq", "out=run", "model.dictionaries=2", "model.centres=16")
+    Index.build("index", "run", bits=16)
+    index = Index.open("index")
+    assert index.engine.modes == ("exact", "prefix", "two-stage")
+    assert index.engine.meta["recall"]["image"]["two-stage"]["recall"] > 0.5
+    pairs = read_pairs_of(index)
+    features = index.model.features(images=pairs.files, bits=16)["image"]
+    codes = np.where(features >= 0, 1, -1)
+    asked = index.model.features(texts=["a red picture"], bits=16)["text"]
+    centres = index.model.method.codebook(16)
+    assert centres is not None
+    choices = codebooks.assign(torch.from_numpy(features), centres)
+    scores = (codebooks.rebuild(choices, centres).numpy() @ asked[0]).tolist()
+    distance = (codes != np.where(asked >= 0, 1, -1)).sum(axis=1).tolist()
+    hits = index.search(text="a red picture", top=60, mode="two-stage")
+    place = {identity: n for n, identity in enumerate(pairs.ids)}
+    assert [h.score for h in hits] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+    for hit in hits:
+        assert hit.score == pytest.approx(scores[place[hit.id]], abs=1e-5)
+        assert hit.distance == distance[place[hit.id]]
+    assert [h.distance for h in hits] != sorted(h.distance for h in hits)
+    some = index.search(text="a red picture", mode="two-stage", where="label = 'red'")
+    assert {h.labels for h in some} == {("red",)} and len(some) == 10
+    index.add(images=[pairs.files[4]], texts=["new"], ids=["new"])
+    more = index.search(text="a red picture", top=61, mode="two-stage")
+    scored = {h.id: h.score for h in more}
+    assert scored["new"] == pytest.approx(scored[pairs.ids[4]], abs=1e-5)
+    with pytest.raises(VhablError, match="key mode: found two-stage for a code"):
+        index.search(like=pairs.ids[4], mode="two-stage")
+
+
+def test_a_second_stage_ranks_a_shortlist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(folder, "hq", "out=run", "model.centres=16")
+    index = Index.build("index", "run")
+    monkeypatch.setattr("vhabl.search.store.SHORTLIST", 7)
+    exact = index.search(text="a red picture", top=7)
+    hits = index.search(text="a red picture", top=5, mode="two-stage")
+    assert {h.id for h in hits} <= {h.id for h in exact} and len(hits) == 5
+    scores = [h.score for h in index.search(text="a red picture", top=7, mode="two-stage")]
+    assert [h.score for h in hits] == scores[:5] == sorted(scores, reverse=True)[:5]
+
+
+def test_a_query_may_be_an_item(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(folder, "hq", "out=run")
+    index = Index.build("index", "run")
+    pairs = read_pairs_of(index)
+    codes = index.model.encode(images=pairs.files, texts=pairs.captions)
+    for view in ("image", "text"):
+        expected = sorted((codes[view] != codes[view][4]).sum(axis=1).tolist())
+        hits = index.search(like=pairs.ids[4], top=60, against=view)
+        assert [h.distance for h in hits] == expected
+    assert index.search(like=pairs.ids[4], top=60) == index.search(
+        like=pairs.ids[4], top=60, against="image"
+    )
+    assert __main__.main(["query", "index", "--like", pairs.ids[4], "--top", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(VhablError, match="id nothing: found no item"):
+        index.search(like="nothing")
+    with pytest.raises(VhablError, match="query: found an item beside a text or an image"):
+        index.search(like="4.png", text="a")
+
+
+# -- Milvus ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> milvus.Collection:
+    pytest.importorskip("milvus_lite", reason="milvus-lite is not installed")
+    return milvus.create(tmp_path / "m", "", ABOUT, packed(two_views(60, 1)), items(60))
+
+
+def test_milvus_gives_the_distances_of_faiss(collection: milvus.Collection) -> None:
+    import faiss
+
+    codes, query = two_views(60, 1), pack(signs(5, 24, 50))
+    for view in ("image", "text"):
+        flat = faiss.IndexBinaryFlat(24)
+        flat.add(pack(codes[view]))
+        distance, _ = flat.search(query, 20)
+        found = collection.find(engine.Query(view, query, 24, 20))
+        assert [[h.distance for h in hits] for hits in found] == distance.tolist()
+        for q, hits in enumerate(found):
+            for hit in hits:
+                n = items(60).ids.index(hit.id)
+                assert hit.distance == np.bitwise_count(pack(codes[view])[n] ^ query[q]).sum()
+                assert hit.caption == items(60).captions[n] and hit.image == f"{n}.png"
+                own = [c for c, has in zip("abc", items(60).labels[n], strict=True) if has]
+                assert hit.labels == tuple(own)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "label = 'a'",
+        "label != 'b'",
+        "label in ('a', 'c') and not label = 'b'",
+        "not (label = 'a' or label = 'b' and label != 'c')",
+    ],
+)
+def test_milvus_filters_as_the_folder_does(
+    collection: milvus.Collection, small: store.Store, text: str
+) -> None:
+    asked = engine.Query("text", pack(signs(2, 24, 9)), 24, 60, wanted=parse(text, "abc"))
+    theirs, ours = collection.find(asked), small.find(asked)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert 0 < len(mine) < 60 and {h.id: h for h in mine} == {h.id: h for h in other}
+
+
+def test_milvus_adds_and_deletes(collection: milvus.Collection) -> None:
+    codes = two_views(40, 7)
+    changed = collection.add(packed(codes), items(40, 60)).delete(["id 3 \u00e9", "id 70 \u00e9"])
+    assert len(changed) == 98
+    hit, own = changed.item("id 60 \u00e9")
+    assert hit.image == "60.png" and hit.labels == ("a", "b", "c")
+    assert all(np.array_equal(own[v], pack(codes[v][:1])[0]) for v in codes)
+    for change, message in (
+        (lambda: changed.add(packed(two_views(2, 3)), items(2, 99)), "id 99 \u00e9: found an item"),
+        (lambda: changed.delete(["id 5 \u00e9", "id 3 \u00e9"]), "id 3 \u00e9: found no item"),
+        (lambda: changed.item("id 3 \u00e9"), "id 3 \u00e9: found no item"),
+        (lambda: changed.add(packed(two_views(1, 3)), engine.Items(
+            ["n"], ["x" * 70000], [""], np.zeros((1, 3), np.uint8))), "n: caption: found 70,000"),
+    ):  # fmt: skip
+        with pytest.raises(VhablError, match=message):
+            change()
+        assert len(changed) == 98
+
+
+def test_milvus_gives_more_than_a_page(
+    collection: milvus.Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = two_views(3000, 5)
+    changed = collection.add(packed(codes), items(3000, 60))
+    monkeypatch.setattr(milvus, "LIMIT", 100)
+    query = signs(1, 24, 3)
+    whole = np.concatenate([two_views(60, 1)["text"], codes["text"]])
+    (hits,) = changed.find(engine.Query("text", pack(query), 24, 2500))
+    expected = np.sort((whole != query[0]).sum(axis=1))[:2500]
+    assert [h.distance for h in hits] == expected.tolist() and len({h.id for h in hits}) == 2500
+    asked = engine.Query("text", pack(query), 24, 5000, wanted=parse("label != 'b'", "abc"))
+    (some,) = changed.find(asked)
+    assert {h.id for h in some} == {name for n, name in enumerate(items(3060).ids) if n % 3}
+
+
+def test_a_failed_insert_leaves_nothing(
+    collection: milvus.Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(milvus, "BATCH", 10)
+    insert, calls = type(collection.client).insert, []
+
+    def failing(self: object, *args: object) -> object:
+        calls.append(args)
+        if len(calls) % 3 == 0:
+            raise ValueError("disk")
+        return insert(self, *args)
+
+    monkeypatch.setattr(type(collection.client), "insert", failing)
+    with pytest.raises(VhablError, match=r"Milvus at .*milvus\.db: found disk; expected"):
+        collection.add(packed(two_views(40, 7)), items(40, 60))
+    assert len(collection) == 60 and len(calls) == 3
+    shared = str(tmp_path / "shared.db")
+    with pytest.raises(VhablError, match="found disk"):
+        milvus.create(tmp_path / "n", shared, ABOUT, packed(two_views(60, 1)), items(60))
+    assert milvus.connect(shared).list_collections() == [] and not (tmp_path / "n").exists()
+
+
+def test_a_milvus_that_is_not_there(
+    collection: milvus.Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(milvus, "TIMEOUT", 1)
+    with socket.socket() as silent:  # takes connections and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(VhablError, match=r"Milvus at http://127.*: found no answer \(.* 1 sec"):
+            milvus.connect(uri)
+    collection.client.drop_collection(collection.name)
+    with pytest.raises(VhablError, match=f"found no collection {collection.name}"):
+        milvus.Collection(collection.folder)
+    (collection.folder / "milvus.db").unlink()
+    with pytest.raises(VhablError, match=r"milvus\.db: found no such file"):
+        milvus.Collection(collection.folder)
+
+
+def test_milvus_from_the_commands(
+    index: Index, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("milvus_lite", reason="milvus-lite is not installed")
+
+    def run(*arguments: object) -> str:
+        assert __main__.main([str(a) for a in arguments]) == 0
+        return capsys.readouterr().out
+
+    said = run("build", "--checkpoint", "run", "--out", "m", "--engine", "milvus", "--quiet")
+    assert said.startswith("m: 60 items of emoji, collection vhabl_") and ", 16 bits" in said
+    theirs, ours = (run("query", i, "--text", "a red picture", "--top", 9) for i in ("m", "index"))
+    numbers = [[line.split()[1] for line in lines.splitlines()] for lines in (theirs, ours)]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 9
+    (folder / "more.csv").write_text("image,caption\n1.png,new one\n", encoding="utf-8")
+    assert run("add", "m", "--table", folder / "more.csv").startswith("m: 61 items")
+    assert run("delete", "m", "--id", "1.png").startswith("m: 60 items")
+    assert run("info", "m").startswith("m: 60 items")
+    for options, message in (
+        ({"bits": 8}, "key bits: found 8; expected 16: mode exact of this index compares whole"),
+        ({"mode": "prefix"}, "key mode: found 'prefix'; expected exact, as"),
+    ):
+        with pytest.raises(VhablError, match=message):
+            Index.open("m").search(text="a", **options)
+    with pytest.raises(VhablError, match="key graphs: found ivf; expected none"):
+        Index.build("n", "run", engine="milvus", graphs=["ivf"])

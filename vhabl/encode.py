@@ -16,7 +16,7 @@ pictures and texts apart.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from vhabl.data.images import ImageFiles
 from vhabl.data.pairs import bag_of_words, describe_images
 from vhabl.data.table import read_items
 from vhabl.errors import fail, note, plural
-from vhabl.evaluator import encode
+from vhabl.evaluator import encode, relaxed_codes
 from vhabl.files import atomic_path
 from vhabl.settings import DataConfig
 from vhabl.trainer import pick_device
@@ -70,6 +70,26 @@ class Model:
         VhablError for a picture that cannot be read, for a length or a modality that the model does
         not serve, and for numbers of images and texts that do not pair.
         """
+        return self._encode(images, texts, bits, progress_bar, encode)
+
+    def features(
+        self,
+        images: Images | None = None,
+        texts: Texts | None = None,
+        bits: int | None = None,
+        progress_bar: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """What `encode` takes the signs of, float32 [N, bits] of each view."""
+        return self._encode(images, texts, bits, progress_bar, relaxed_codes)
+
+    def _encode(
+        self,
+        images: Images | None,
+        texts: Texts | None,
+        bits: int | None,
+        progress_bar: bool,
+        run: Callable[..., dict[int, dict[str, np.ndarray]]],
+    ) -> dict[str, np.ndarray]:
         if images is None and texts is None:
             fail("images and texts", "neither", "one of them, or both")
         bits = self.method.bits if bits is None else bits
@@ -82,12 +102,12 @@ class Model:
             if len(image) != len(text):
                 found = f"{plural(len(image), 'image')} and {plural(len(text), 'text')}"
                 fail("images and texts", found, "as many of each: they are pairs")
-            return self._codes(image, text, bits, "", progress_bar)
+            return self._codes(image, text, bits, "", progress_bar, run)
         result: dict[str, np.ndarray] = {}
         if image is not None:
-            result |= self._codes(image, _nothing(len(image)), bits, "image", progress_bar)
+            result |= self._codes(image, _nothing(len(image)), bits, "image", progress_bar, run)
         if text is not None:
-            result |= self._codes(_nothing(len(text)), text, bits, "text", progress_bar)
+            result |= self._codes(_nothing(len(text)), text, bits, "text", progress_bar, run)
         return result
 
     def _codes(
@@ -97,13 +117,15 @@ class Model:
         bits: int,
         only: str,
         progress_bar: bool,
+        run: Callable[..., dict[int, dict[str, np.ndarray]]],
     ) -> dict[str, np.ndarray]:
         count = len(text) if only == "text" else len(image)
         views = [self.method.task] if self.method.task == "fused" else [only]
         if not count:
-            return {view: np.zeros((0, bits), np.int8) for view in views}
+            kind = np.int8 if run is encode else np.float32
+            return {view: np.zeros((0, bits), kind) for view in views}
         split = Split(np.arange(count), image, text, np.zeros((count, 0), np.uint8))
-        return encode(self.method, split, [bits], only, progress_bar)[bits]
+        return run(self.method, split, [bits], only, progress_bar)[bits]
 
     def _image(self, images: Images) -> np.ndarray | Rows:
         config, encoder = self.run.config.data, self.run.config.encoder

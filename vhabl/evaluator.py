@@ -98,16 +98,21 @@ def encode(
 
 
 def relaxed_codes(
-    method: HashingMethod, split: Split, lengths: Sequence[int]
+    method: HashingMethod,
+    split: Split,
+    lengths: Sequence[int],
+    only: str = "",
+    progress_bar: bool = False,
 ) -> dict[int, dict[str, np.ndarray]]:
-    """Relaxed codes of all items at each length: {bits: {view: float32 [N, bits]}}."""
+    """Relaxed codes of all items at each length, as `encode` gives codes: float32 [N, bits]."""
 
     def run(batch: Batch) -> dict[int, dict[str, Tensor]]:
+        inputs = batch.inputs.only(only) if only else batch.inputs
         if method.oracle_labels:
-            return method.relax_oracle(batch.inputs, batch.labels, lengths)
-        return method.relax_lengths(batch.inputs, lengths)
+            return method.relax_oracle(inputs, batch.labels, lengths)
+        return method.relax_lengths(inputs, lengths)
 
-    return _of_all(method, split, run, torch.float32)
+    return _of_all(method, split, run, torch.float32, progress_bar)
 
 
 @torch.no_grad()

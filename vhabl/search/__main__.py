@@ -16,7 +16,9 @@ from pathlib import Path
 
 from vhabl import errors
 from vhabl.data.table import read_items
-from vhabl.search.index import MODES, Index
+from vhabl.search.approximate import GRAPHS
+from vhabl.search.engine import ENGINES, MODES
+from vhabl.search.index import Index
 from vhabl.settings import DataConfig
 
 
@@ -32,6 +34,13 @@ def main(arguments: list[str]) -> int:
     build.add_argument("--data", metavar="FILE", help="in configs/data; default: that of the run")
     build.add_argument("--out", required=True, metavar="INDEX", help="a folder that does not exist")
     build.add_argument("--bits", type=int, metavar="N", help="code length [the longest]")
+    build.add_argument(
+        "--graph", choices=GRAPHS, action="append", default=[], metavar="KIND",
+        help="a FAISS index beside the codes, for a mode of its name: ivf | hnsw; may be repeated",
+    )  # fmt: skip
+    build.add_argument("--engine", choices=ENGINES, default="folder", help="what holds the codes")
+    build.add_argument("--uri", default="", metavar="URI",
+                       help="milvus: its address, or an embedded file [one in INDEX]")  # fmt: skip
     build.add_argument("--device", default="auto", metavar="NAME")
     build.add_argument("--quiet", action="store_true", help="no progress bar")
     build.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=PATH")
@@ -44,6 +53,7 @@ def main(arguments: list[str]) -> int:
     query.add_argument("--mode", choices=MODES, default="exact")
     query.add_argument("--where", default="", metavar="FILTER", help="such as \"label = 'cat'\"")
     query.add_argument("--against", default="", metavar="VIEW", help="image | text")
+    query.add_argument("--like", metavar="ID", help="an item of the index, in place of both")
     query.add_argument("--json", action="store_true", help="one item a line")
     add = commands.add_parser("add", help="encode the rows of a table and add them")
     add.add_argument("index", metavar="INDEX")
@@ -58,7 +68,7 @@ def main(arguments: list[str]) -> int:
     if given.command == "build":
         built = Index.build(
             given.out, given.checkpoint, given.data, given.bits, given.overrides, given.device,
-            progress_bar=not given.quiet,
+            progress_bar=not given.quiet, graphs=given.graph, engine=given.engine, uri=given.uri,
         )  # fmt: skip
         print(describe(built))
         return 0
@@ -73,15 +83,16 @@ def main(arguments: list[str]) -> int:
     elif given.command == "delete":
         index.delete(given.id)
     else:
-        index.store.verify()
+        index.engine.verify()
     print(describe(index))
     return 0
 
 
 def ask(index: Index, given: argparse.Namespace) -> None:
     hits = index.search(
-        given.text, given.image, given.top, given.bits, given.mode, given.where, given.against
-    )
+        given.text, given.image, given.top, given.bits, given.mode, given.where, given.against,
+        given.like,
+    )  # fmt: skip
     if given.json:
         for hit in hits:
             print(json.dumps(hit.as_dict()))
@@ -97,21 +108,32 @@ def ask(index: Index, given: argparse.Namespace) -> None:
 
 def describe(index: Index) -> str:
     """What an index holds, in lines."""
-    store, meta = index.store, index.store.meta
-    lengths = f"1 to {store.bits}" if meta["any_length"] else str(store.bits)
-    some = ", ".join(store.class_names[:5]) + ", ..." * (len(store.class_names) > 5)
+    engine, meta = index.engine, index.engine.meta
+    lengths = f"1 to {engine.bits}" if meta["any_length"] and engine.prefixes else str(engine.bits)
+    some = ", ".join(engine.class_names[:5]) + ", ..." * (len(engine.class_names) > 5)
     lines = [
-        f"{store.folder}: {errors.plural(len(store), 'item')} of {meta['data']}, "
-        f"{errors.plural(len(store.segments), 'segment')}",
-        f"codes of {meta['method']} ({meta['run']}): {', '.join(store.views)}, {lengths} bits",
-        f"{errors.plural(len(store.class_names), 'label')}: {some or 'none'}",
+        f"{engine.folder}: {errors.plural(len(engine), 'item')} of {meta['data']}, {engine.parts}",
+        f"codes of {meta['method']} ({meta['run']}): {', '.join(engine.views)}, {lengths} bits",
+        f"{errors.plural(len(engine.class_names), 'label')}: {some or 'none'}",
     ]
-    for view, found in meta["recall"].items():
-        lines.append(
-            f"mode prefix on {view}: compares {found['budget']:.1%} of the items, recall@"
-            f"{found['at']} {found['recall']:.4f} ({errors.plural(found['queries'], 'query')})"
-        )
+    for view, modes in meta.get("recall", {}).items():
+        for mode, found in modes.items():
+            lines.append(
+                f"mode {mode} on {view}: {explain(mode, found['setting'])}, recall@"
+                f"{found['at']} {found['recall']:.4f} ({errors.plural(found['queries'], 'query')})"
+            )
     return "\n".join(lines)
+
+
+def explain(mode: str, setting: float) -> str:
+    """What a mode's setting means."""
+    said = {
+        "prefix": f"compares {setting:.1%} of the items",
+        "ivf": f"compares {setting:.1%} of the clusters",
+        "hnsw": f"holds {setting:g} candidates",
+        "two-stage": f"ranks {setting:g} items, against a ranking by features",
+    }
+    return said[mode]
 
 
 if __name__ == "__main__":

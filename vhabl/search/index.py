@@ -6,21 +6,22 @@
     index = index.add(images=["a.jpg"], texts=["a red apple"], ids=["mine"])
 
 A query is encoded by the model that the index was built with, which it names; the search itself
-needs the index alone.
+needs the index alone. Codes are held by an engine (`vhabl.search.engine`).
 """
 
 from __future__ import annotations
 
-import math
-import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from vhabl import codebooks
 from vhabl.codes import pack
 from vhabl.config import load_data_config
 from vhabl.data import items as read_items
@@ -29,42 +30,39 @@ from vhabl.encode import Images, Model, Texts
 from vhabl.encode import load as load_model
 from vhabl.errors import fail
 from vhabl.metrics import integer_weights
-from vhabl.search import store
+from vhabl.search import approximate, scan, store
+from vhabl.search.engine import ENGINES, Engine, Hit, Items, Mode, Query, check_new, read_meta
 from vhabl.search.where import parse
 from vhabl.settings import DataConfig
 
-Mode = Literal["exact", "weighted", "prefix"]
-MODES = typing.get_args(Mode)
-RECALL, RECALL_AT, SAMPLE = 0.99, 100, 200  # what a scan by prefix shall reach, on so many items
-BUDGETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the items
-
 
 @dataclass(frozen=True)
-class Hit:
-    """A found item. distance: bits that differ; image: its path, or empty."""
+class Encoded:
+    """Packed codes {view: [N, B]} of items or queries and, where a method has dictionaries, the
+    features {view: [N, bits]} that they are the signs of.
+    """
 
-    id: str
-    distance: int
-    caption: str
-    image: str
-    labels: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "labels": list(self.labels)}
+    codes: dict[str, np.ndarray]
+    features: dict[str, np.ndarray]
 
 
 class Index:
     """An opened index."""
 
-    def __init__(self, found: store.Store, device: str = "auto") -> None:
-        self.store = found
+    def __init__(self, engine: Engine, device: str = "auto") -> None:
+        self.engine = engine
         self.device = device
         self._model: Model | None = None
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "auto") -> Index:
-        """Raises VhablError where the folder holds no whole index."""
-        return cls(store.Store(Path(folder)), device)
+        """Raises VhablError for a folder without a whole index, or an engine without answer."""
+        folder = Path(folder)
+        if read_meta(folder)["engine"] == "milvus":
+            from vhabl.search.milvus import Collection
+
+            return cls(Collection(folder), device)
+        return cls(store.Store(folder), device)
 
     @classmethod
     def build(
@@ -76,21 +74,32 @@ class Index:
         overrides: Sequence[str] = (),
         device: str = "auto",
         progress_bar: bool = False,
+        graphs: Sequence[approximate.Graph] = (),
+        engine: str = "folder",
+        uri: str = "",
     ) -> Index:
         """Encode every item of a data set and write an index of the codes: whole or not at all.
 
         data: a file in configs/data, or that of the run by default; bits: the longest length by
-        default. Raises VhablError where the folder exists, and as `vhabl.load` and the readers do.
+        default; graphs: `ivf`, `hnsw` or both, of FAISS, for searches that take less time and may
+        miss items; engine: `folder` or `milvus`, then with the `uri` of a server or of an embedded
+        file, by default one in the folder. Raises VhablError where the folder exists, and as
+        `vhabl.load` and the readers do.
         """
         folder = Path(folder)
-        store.check_new(folder)
+        check_new(folder)
+        if engine not in ENGINES:
+            fail("key engine", repr(engine), " or ".join(ENGINES))
+        if engine == "milvus" and graphs:
+            fail("key graphs", " and ".join(graphs), "none: Milvus has indexes of its own")
         model = load_model(run, device)
         bits = model.method.bits if bits is None else bits
         model.method.check_length(bits)
         config = model.run.config.data if data is None else load_data_config(data, overrides)
         inputs, items, class_names = _items_of(config, model)
-        codes = model.encode(**inputs, bits=bits, progress_bar=progress_bar)
-        packed = {view: pack(rows) for view, rows in codes.items()}
+        centres = model.method.codebook(bits) if engine == "folder" else None
+        encoded = _encode(model, bits, centres is not None, progress_bar=progress_bar, **inputs)
+        views = list(encoded.codes)
         about = {
             "method": model.run.config.title,
             "task": model.method.task,
@@ -98,12 +107,25 @@ class Index:
             "data": config.name,
             "run": str(Path(run).resolve()),
             "digest": model.run.digest,
-            "views": list(packed),
+            "views": views,
             "bits": bits,
             "importance": _importance(model, bits),
             "class_names": class_names,
         }
-        index = cls(store.create(folder, about, packed, items, _recall), device)
+        built: Engine
+        if engine == "milvus":
+            from vhabl.search import milvus
+
+            built = milvus.create(folder, uri, about, encoded.codes, items)
+        else:
+            order, _ = scan.buckets(encoded.codes[views[0]])  # as the store has items
+            features = {view: rows[order] for view, rows in encoded.features.items()}
+            built = store.create(
+                folder, about, encoded.codes, _with_choices(items, encoded, centres),
+                partial(approximate.measure, features=features), graphs,
+                None if centres is None else centres.cpu().numpy(),
+            )  # fmt: skip
+        index = cls(built, device)
         index._model = model
         return index
 
@@ -111,7 +133,7 @@ class Index:
     def model(self) -> Model:
         """The model that the codes are of. Raises VhablError where its run is gone or another."""
         if self._model is None:
-            meta = self.store.meta
+            meta = self.engine.meta
             model = load_model(meta["run"], self.device)
             if model.run.digest != meta["digest"]:
                 fail(meta["run"], "another model than the index was built with", meta["method"])
@@ -129,42 +151,65 @@ class Index:
         mode: Mode = "exact",
         where: str = "",
         against: str = "",
+        like: str | None = None,
     ) -> list[Hit]:
-        """The nearest items of a text, an image or a pair.
+        """The nearest items of a text, an image or a pair, or of an item of the index.
 
-        bits: a shorter length, where the method serves prefixes; mode: `exact`; `weighted`,
-        exact too, each bit counted by its importance, where the method learns one; or `prefix`,
-        which compares the items with the nearest first bits alone; where: a filter, see
+        bits: a shorter length, where the method serves prefixes; where: a filter, see
         `vhabl.search.where`; against: `image` or `text`, for the codes of a cross-modal method: by
-        default those of the modality that the query is not. Raises VhablError.
+        default those of the modality that the query is not; like: the id of an item.
+
+        mode: `exact`; `weighted`, exact too, each bit counted by its importance, where the method
+        learns one; `prefix`, which compares the items with the nearest first bits alone;
+        `two-stage`, which ranks the nearest by dictionaries, where the method has them; `ivf` and
+        `hnsw`, where the index has these graphs. Raises VhablError.
         """
+        bits = self.check(top, bits, mode)
+        if like is not None:
+            if text is not None or image is not None:
+                fail("query", "an item beside a text or an image", "one of them")
+            view = self.view("", against)
+            return self.find(view, self.engine.item(like)[1][view][None], top, bits, mode, where)[0]
+        own, asked = self.encode_query(text, image)
+        view = self.view(own, against)
+        features = asked.features.get(own)
+        return self.find(view, asked.codes[own], top, bits, mode, where, features)[0]
+
+    def encode_query(
+        self, text: str | None = None, image: str | Path | Image.Image | None = None
+    ) -> tuple[str, Encoded]:
+        """The view of a query's code, and its codes. Raises VhablError where it has none."""
         if text is None and image is None:
             fail("query", "neither a text nor an image", "one of them, or both")
-        bits = self.check_bits(bits)
-        codes = self.model.encode(
-            images=None if image is None else [image],
-            texts=None if text is None else [text],
-            bits=self.store.bits,
+        asked = self._encode(
+            images=None if image is None else [image], texts=None if text is None else [text]
         )
-        own = "fused" if "fused" in codes else "text" if text is not None else "image"
-        if own != "fused" and len(codes) > 1:
+        own = "fused" if "fused" in asked.codes else "text" if text is not None else "image"
+        if own != "fused" and len(asked.codes) > 1:
             fail("query", "a text and an image", "one of them: the method encodes them apart")
-        view = self._view(own, against)
-        return self.search_codes(codes[own], view, top, bits, mode, where)[0]
+        return own, asked
 
-    def check_bits(self, bits: int | None) -> int:
-        """A code length that the index serves. Raises VhablError."""
-        whole: int = self.store.bits
+    def check(self, top: int, bits: int | None, mode: Mode) -> int:
+        """The code length asked for. Raises VhablError for what the index does not serve."""
+        if not isinstance(top, int) or top < 1:
+            fail("key top", str(top), "at least 1")
+        modes, method = self.engine.modes, self.engine.meta["method"]
+        if mode not in modes:
+            fail("key mode", repr(mode), f"{' or '.join(modes)}, as the index of {method} has")
+        whole = self.engine.bits
         if bits is None or bits == whole:
             return whole
-        if not self.store.meta["any_length"]:
+        if not self.engine.meta["any_length"]:
             fail("key bits", str(bits), f"{whole}, the only length of this index")
         if not 1 <= bits <= whole:
             fail("key bits", str(bits), f"a length from 1 to {whole}, which the index has")
+        if mode in approximate.GRAPHS or not self.engine.prefixes:
+            fail("key bits", str(bits), f"{whole}: mode {mode} of this index compares whole codes")
         return bits
 
-    def _view(self, own: str, against: str) -> str:
-        views = self.store.views
+    def view(self, own: str, against: str) -> str:
+        """The codes that a query of the view `own` is compared with. Raises VhablError."""
+        views = self.engine.views
         if not against:
             other = {"text": "image", "image": "text"}.get(own, own)
             return other if other in views else views[0]
@@ -182,32 +227,28 @@ class Index:
         where: str = "",
     ) -> list[list[Hit]]:
         """The nearest items of each +-1 code [Q, bits of the index]. Raises VhablError."""
-        bits = self.check_bits(bits)
-        if codes.ndim != 2 or codes.shape[1] != self.store.bits:
-            fail("codes", f"shape {codes.shape}", f"[N, {self.store.bits}], as the index has")
-        if top < 1:
-            fail("key top", str(top), "at least 1")
-        if mode not in MODES:
-            fail("key mode", repr(mode), " or ".join(MODES))
-        weights = self.store.meta["importance"]
-        if mode == "weighted" and weights is None:
-            fail("key mode", "'weighted'", f"exact or prefix: {self.store.meta['method']} has none")
-        budget = self.store.meta["recall"][view]["budget"] if mode == "prefix" else 1.0
-        chosen = None
-        if where:
-            wanted = parse(where, self.store.class_names)
-            chosen = [wanted.mask(segment.labels) for segment in self.store.segments]
-        of_bits = np.array(weights[:bits]) if mode == "weighted" else None
-        found = self.store.scan(view, pack(codes), bits, top, budget, chosen, of_bits)
-        return [
-            [self._hit(int(d), int(s), int(i)) for d, s, i in zip(*rows, strict=True) if i >= 0]
-            for rows in zip(*found, strict=True)
-        ]
+        bits = self.check(top, bits, mode)
+        if codes.ndim != 2 or codes.shape[1] != self.engine.bits:
+            fail("codes", f"shape {codes.shape}", f"[N, {self.engine.bits}], as the index has")
+        return self.find(view, pack(codes), top, bits, mode, where)
 
-    def _hit(self, distance: int, segment: int, item: int) -> Hit:
-        texts = self.store.texts(segment, item)
-        labels = tuple(self.store.labels(segment, item))
-        return Hit(texts["ids"], distance, texts["captions"], texts["images"], labels)
+    def find(
+        self,
+        view: str,
+        packed: np.ndarray,
+        top: int,
+        bits: int,
+        mode: Mode,
+        where: str,
+        features: np.ndarray | None = None,
+    ) -> list[list[Hit]]:
+        """The nearest items of checked queries [Q, B]. Raises VhablError for a wrong filter, and
+        for a second stage without features.
+        """
+        wanted = parse(where, self.engine.class_names) if where else None
+        if mode == "two-stage" and features is None:
+            fail("key mode", "two-stage for a code", "a text or an image, which has features")
+        return self.engine.find(Query(view, packed, bits, top, mode, wanted, features))
 
     # -- changes -----------------------------------------------------------------------------------
 
@@ -221,13 +262,14 @@ class Index:
         """Encode items and add them. labels: names of each item's classes, none by default. Raises
         VhablError, and adds none, where an id is there already, or something does not fit.
         """
-        codes = self.model.encode(images=images, texts=texts, bits=self.store.bits)
-        missing = [view for view in self.store.views if view not in codes]
+        encoded = self._encode(images, texts)
+        missing = [view for view in self.engine.views if view not in encoded.codes]
         if missing:
-            fail("items", f"no {missing[0]}", f"{' and '.join(self.store.views)} of each")
-        if any(len(rows) != len(ids) for rows in codes.values()):
-            fail("ids", str(len(ids)), f"{len(next(iter(codes.values())))}, as there are items")
-        names = self.store.class_names
+            fail("items", f"no {missing[0]}", f"{' and '.join(self.engine.views)} of each")
+        if any(len(rows) != len(ids) for rows in encoded.codes.values()):
+            found = len(next(iter(encoded.codes.values())))
+            fail("ids", str(len(ids)), f"{found}, as there are items")
+        names = self.engine.class_names
         matrix = np.zeros((len(ids), len(names)), np.uint8)
         for row, own in enumerate(labels or [()] * len(ids)):
             for name in own:
@@ -236,15 +278,48 @@ class Index:
                 matrix[row, names.index(name)] = 1
         captions = [""] * len(ids) if texts is None else [_caption(text) for text in texts]
         paths = [""] * len(ids) if images is None else [_path(image) for image in images]
-        items = store.Items(list(ids), captions, paths, matrix)
-        packed = {view: pack(codes[view]) for view in self.store.views}
-        self.store = self.store.add(packed, items)
+        centres = self.model.method.codebook(self.engine.bits) if encoded.features else None
+        items = _with_choices(Items(list(ids), captions, paths, matrix), encoded, centres)
+        packed = {view: encoded.codes[view] for view in self.engine.views}
+        self.engine = self.engine.add(packed, items)
         return self
 
     def delete(self, ids: Sequence[str]) -> Index:
         """Raises VhablError, and deletes none, for an id that there is not."""
-        self.store = self.store.delete(ids)
+        self.engine = self.engine.delete(ids)
         return self
+
+    def _encode(self, images: Images | None, texts: Texts | None) -> Encoded:
+        features = "two-stage" in self.engine.modes
+        return _encode(self.model, self.engine.bits, features, images, texts)
+
+
+def _encode(
+    model: Model,
+    bits: int,
+    features: bool,
+    images: Images | None,
+    texts: Texts | None,
+    progress_bar: bool = False,
+) -> Encoded:
+    if not features:
+        found = model.encode(images, texts, bits, progress_bar)
+        return Encoded({view: pack(rows) for view, rows in found.items()}, {})
+    found = model.features(images, texts, bits, progress_bar)
+    signs = {view: np.where(rows >= 0, 1, -1) for view, rows in found.items()}
+    return Encoded({view: pack(rows) for view, rows in signs.items()}, found)
+
+
+def _with_choices(items: Items, encoded: Encoded, centres: torch.Tensor | None) -> Items:
+    """Items with what stands for their features, in the smallest type that holds it."""
+    if centres is None:
+        return items
+    kind = np.uint8 if centres.shape[1] <= 256 else np.uint16
+    choices = {
+        view: codebooks.assign(torch.from_numpy(rows), centres.cpu()).numpy().astype(kind)
+        for view, rows in encoded.features.items()
+    }
+    return replace(items, choices=choices)
 
 
 def _importance(model: Model, bits: int) -> list[int] | None:
@@ -255,26 +330,6 @@ def _importance(model: Model, bits: int) -> list[int] | None:
     return list(map(int, integer_weights(weights[:bits].cpu().numpy())[0]))
 
 
-def _recall(found: store.Store) -> dict[str, Any]:
-    """How much of each view a scan by prefix has to compare, measured on a sample of the items:
-    any item that is not farther than the last exact one counts as found.
-    """
-    measured = {}
-    (segment,) = found.segments
-    rows = np.random.default_rng(0).choice(segment.size, min(SAMPLE, segment.size), False)
-    top = min(RECALL_AT, segment.size)
-    for view in found.views:
-        sample = segment.words[view][rows].view(np.uint8)[:, : math.ceil(found.bits / 8)]
-        exact, _, _ = found.scan(view, sample, found.bits, top)
-        for budget in BUDGETS:
-            near, _, _ = found.scan(view, sample, found.bits, top, budget)
-            reached = float((near <= exact[:, -1:]).mean())
-            if reached >= RECALL:
-                break
-        measured[view] = {"budget": budget, "recall": reached, "at": top, "queries": len(rows)}
-    return {"recall": measured}
-
-
 def _caption(text: Any) -> str:
     return text if isinstance(text, str) else ""  # features have none
 
@@ -283,14 +338,14 @@ def _path(image: Any) -> str:
     return str(Path(image).resolve()) if isinstance(image, str | Path) else ""
 
 
-def _items_of(config: DataConfig, model: Model) -> tuple[dict[str, Any], store.Items, list[str]]:
+def _items_of(config: DataConfig, model: Model) -> tuple[dict[str, Any], Items, list[str]]:
     """What the model takes of all items of a data set, what the index keeps of them, and the names
     of the classes.
     """
     if config.kind != "features":
         pairs = read_items(config, unlabelled=True)
         names = _named(pairs.class_names, pairs.labels)
-        kept = store.Items(
+        kept = Items(
             pairs.ids, pairs.captions, [str(file.resolve()) for file in pairs.files], pairs.labels
         )
         return {"images": pairs.files, "texts": pairs.captions}, kept, names
@@ -300,7 +355,7 @@ def _items_of(config: DataConfig, model: Model) -> tuple[dict[str, Any], store.I
     ids = [f"item {number + 1}" for number in range(len(found))]
     blank = [""] * len(found)
     inputs = {"images": found.image, "texts": found.text}
-    return inputs, store.Items(ids, blank, blank, found.labels), names
+    return inputs, Items(ids, blank, blank, found.labels), names
 
 
 def _named(names: Sequence[str], labels: np.ndarray) -> list[str]:

@@ -11,36 +11,38 @@ says which item a row is.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vhabl.errors import VhablError, brief, fail
+from vhabl.errors import fail, plural
+from vhabl.evaluator import SHORTLIST
 from vhabl.files import atomic_path, write_json
-from vhabl.search import scan
+from vhabl.search import approximate, scan
+from vhabl.search.engine import (
+    FORMAT,
+    META,
+    MODES,
+    Hit,
+    Items,
+    Mode,
+    Query,
+    check_ids,
+    check_new,
+    read_meta,
+    refuse_id,
+)
 
-FORMAT = 1
-META = "index.json"
 TEXTS = ("ids", "captions", "images")
+CENTRES = "centres.npy"
 _BLOCK = 2**24  # bytes of a file that are read at once for its checksum
-
-
-@dataclass(frozen=True)
-class Items:
-    """What an index keeps of items beside their codes. labels: [N, C] of 0 and 1."""
-
-    ids: Sequence[str]
-    captions: Sequence[str]
-    images: Sequence[str]
-    labels: np.ndarray
 
 
 class Texts:
@@ -79,10 +81,15 @@ class Segment:
             return found
 
         self.folder, self.meta, self.size = folder, meta, int(meta["items"])
-        self.words = {view: scan.to_words(array(f"codes_{view}")) for view in views}
+        codes = {view: array(f"codes_{view}") for view in views}
+        self.widths = {view: packed.shape[1] for view, packed in codes.items()}
+        self.words = {view: scan.to_words(packed) for view, packed in codes.items()}
         self.starts = {view: np.asarray(array(f"starts_{view}")) for view in views}
         self.rows = {view: array(f"rows_{view}") for view in views[1:]}
         self.labels = array("labels")
+        choices = [view for view in views if f"choices_{view}.npy" in meta["files"]]
+        self.choices = {view: array(f"choices_{view}") for view in choices}
+        self._graphs: dict[tuple[str, str], Any] = {}
         self.id_hash, self.id_row = array("id_hash"), array("id_row")
         self.texts = {name: Texts(folder, name) for name in TEXTS}
         self.alive = None if meta["alive"] is None else np.asarray(array(meta["alive"]))
@@ -92,6 +99,26 @@ class Segment:
         if view not in self.rows:
             return rows
         return np.where(rows < 0, -1, self.rows[view][np.maximum(rows, 0)].astype(np.int64))
+
+    def packed(self, view: str, items: np.ndarray) -> np.ndarray:
+        """Codes of items [n], as bytes [n, B]."""
+        rows = items
+        if view in self.rows:
+            place = np.empty(self.size, np.int64)
+            place[self.rows[view]] = np.arange(self.size)
+            rows = place[items]
+        bytes_of = np.ascontiguousarray(self.words[view][rows]).view(np.uint8)
+        return np.ascontiguousarray(bytes_of[:, : self.widths[view]])
+
+    def graph(self, view: str, kind: str) -> Any:
+        """A FAISS index of a view's rows, read when it is first asked for. Raises VhablError where
+        its file was changed.
+        """
+        if (view, kind) not in self._graphs:
+            name = f"{kind}_{view}.faiss"
+            verify(self.folder / name, self.meta["files"][name])
+            self._graphs[view, kind] = approximate.load(self.folder / name)
+        return self._graphs[view, kind]
 
     def allowed(self, view: str, chosen: np.ndarray | None) -> np.ndarray | None:
         """For each row of a view whether its item is alive and chosen, [n] uint8; None: all."""
@@ -113,7 +140,9 @@ class Segment:
         return None
 
 
-def write_segment(folder: Path, codes: dict[str, np.ndarray], items: Items) -> dict[str, Any]:
+def write_segment(
+    folder: Path, codes: dict[str, np.ndarray], items: Items, graphs: Sequence[approximate.Graph]
+) -> dict[str, Any]:
     """Write packed codes {view: [N, B]} and their items into an empty folder; its description."""
     count = len(items.ids)
     order: np.ndarray | None = None
@@ -125,11 +154,16 @@ def write_segment(folder: Path, codes: dict[str, np.ndarray], items: Items) -> d
             place = np.empty(count, np.uint32)
             place[order] = np.arange(count, dtype=np.uint32)
             np.save(folder / f"rows_{view}.npy", place[by_prefix])
-        np.save(folder / f"codes_{view}.npy", packed[by_prefix])
+        packed = packed[by_prefix]
+        np.save(folder / f"codes_{view}.npy", packed)
         np.save(folder / f"starts_{view}.npy", starts)
+        for kind in graphs:
+            approximate.write(approximate.build(packed, kind), folder / f"{kind}_{view}.faiss")
     assert order is not None
     labels = np.packbits(items.labels[order] > 0, axis=1, bitorder="little")
     np.save(folder / "labels.npy", labels)
+    for view, choices in items.choices.items():
+        np.save(folder / f"choices_{view}.npy", choices[order])
     ids = [items.ids[i] for i in order]
     Texts.write(folder, "ids", ids)
     Texts.write(folder, "captions", [items.captions[i] for i in order])
@@ -151,43 +185,127 @@ def _checksum(path: Path) -> list[int]:
     return [size, value]
 
 
+def verify(path: Path, expected: Sequence[int]) -> None:
+    """Raise VhablError where a file's checksum is another one than `_checksum` gave."""
+    if _checksum(path)[1] != expected[1]:
+        fail(path, "another checksum", f"that of {META}: the file was changed")
+
+
 class Store:
-    """The segments of an index. Raises VhablError where the folder holds no whole index."""
+    """The segments of an index: the engine on one machine. Raises VhablError where the folder holds
+    no whole index.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.meta = _read_meta(folder)
+        self.meta = read_meta(folder, _check)
         self.views: list[str] = self.meta["views"]
         self.bits: int = self.meta["bits"]
         self.class_names: list[str] = self.meta["class_names"]
         self.segments = [self._open(name, part) for name, part in self.meta["segments"].items()]
+        self.centres: np.ndarray | None = None
+        if self.meta.get("centres"):
+            _check_size(folder / CENTRES, self.meta["centres"])
+            verify(folder / CENTRES, self.meta["centres"])
+            self.centres = np.load(folder / CENTRES)
 
     def _open(self, name: str, part: dict[str, Any]) -> Segment:
         folder = self.folder / name
-        for file, (size, _) in part["files"].items():
-            path = folder / file
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                said = "no such file" if found is None else f"{found:,} bytes"
-                fail(path, said, f"the {size:,} bytes that {META} names")
-        decisive = ("codes_", "starts_", "rows_", "alive")
-        self._verify(name, part, [file for file in part["files"] if file.startswith(decisive)])
+        for file, expected in part["files"].items():
+            _check_size(folder / file, expected)
+            # What a search goes by. A graph is verified when it is used.
+            if file.startswith(("codes_", "starts_", "rows_", "choices_", "alive")):
+                verify(folder / file, expected)
         return Segment(folder, part, self.views)
-
-    def _verify(self, name: str, part: dict[str, Any], files: Sequence[str]) -> None:
-        for file in files:
-            path = self.folder / name / file
-            if _checksum(path)[1] != part["files"][file][1]:
-                fail(path, "another checksum", f"that of {META}: the file was changed")
 
     def verify(self) -> None:
         """Read every file whole. Raises VhablError naming one that is not as it was written."""
         for name, part in self.meta["segments"].items():
-            self._verify(name, part, list(part["files"]))
+            for file, expected in part["files"].items():
+                verify(self.folder / name / file, expected)
 
     def __len__(self) -> int:
         dead = sum(int((s.alive == 0).sum()) for s in self.segments if s.alive is not None)
         return sum(segment.size for segment in self.segments) - dead
+
+    @property
+    def prefixes(self) -> bool:
+        return True
+
+    @property
+    def parts(self) -> str:
+        return plural(len(self.segments), "segment")
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        there = {"exact", "prefix", *self.meta.get("graphs", [])}
+        there |= {"weighted"} if self.meta.get("importance") else set()
+        there |= {"two-stage"} if self.centres is not None else set()
+        return tuple(mode for mode in MODES if mode in there)
+
+    def find(self, query: Query) -> list[list[Hit]]:
+        view, mode = query.view, query.mode
+        chosen = None
+        if query.wanted is not None:
+            chosen = [query.wanted.mask(segment.labels) for segment in self.segments]
+        scores: np.ndarray | None = None
+        if mode == "two-stage":
+            assert query.features is not None
+            found, scores = self.two_stage(view, query.packed, query.features, query.top, chosen)
+        else:
+            setting = 1.0 if mode in ("exact", "weighted") else self._setting(view, mode)
+            weights = None
+            if mode == "weighted":
+                weights = np.array(self.meta["importance"][: query.bits])
+            found = self.scan(
+                view, query.packed, query.bits, query.top, mode, setting, chosen, weights
+            )
+        return [
+            [
+                self._hit(
+                    int(d), int(s), int(i), None if scores is None else float(scores[q, rank])
+                )
+                for rank, (d, s, i) in enumerate(zip(*rows, strict=True))
+                if i >= 0
+            ]
+            for q, rows in enumerate(zip(*found, strict=True))
+        ]
+
+    def _setting(self, view: str, mode: str) -> float:
+        setting: float = self.meta["recall"][view][mode]["setting"]
+        return setting
+
+    def _hit(self, distance: int, segment: int, item: int, score: float | None = None) -> Hit:
+        texts = self.texts(segment, item)
+        labels = tuple(self.labels(segment, item))
+        return Hit(texts["ids"], distance, texts["captions"], texts["images"], labels, score)
+
+    def shortlist(self, top: int) -> int:
+        """How many items a second stage ranks for so many that are asked for."""
+        return min(max(SHORTLIST, top), sum(segment.size for segment in self.segments))
+
+    def two_stage(
+        self,
+        view: str,
+        packed: np.ndarray,
+        features: np.ndarray,
+        top: int,
+        chosen: Sequence[np.ndarray | None] | None = None,
+    ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """The nearest by distance, ranked by the inner products of features [Q, bits] with the
+        centres of items: what `scan` gives, and the scores [Q, top].
+        """
+        assert self.centres is not None
+        found = self.scan(view, packed, self.bits, self.shortlist(top), chosen=chosen)
+        choices = np.zeros((*found[2].shape, len(self.centres)), np.int64)
+        for number, segment in enumerate(self.segments):
+            here = (found[1] == number) & (found[2] >= 0)
+            choices[here] = segment.choices[view][found[2][here]]
+        scores = approximate.by_centres(features, self.centres, choices)
+        scores = np.where(found[2] < 0, -np.inf, scores)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+        distance, part, item = (np.take_along_axis(column, order, axis=1) for column in found)
+        return (distance, part, item), np.take_along_axis(scores, order, axis=1)
 
     def scan(
         self,
@@ -195,28 +313,37 @@ class Store:
         query: np.ndarray,
         bits: int,
         top: int,
-        budget: float = 1.0,
+        mode: Mode = "exact",
+        setting: float = 1.0,
         chosen: Sequence[np.ndarray | None] | None = None,
         weights: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distances, segments and items [Q, top] of the nearest for packed codes [Q, B], by their
-        first bits; -1 where there are fewer. budget: the share of a segment that a scan by prefix
-        may compare; 1 is the exact scan. chosen: for each segment, which items take part;
-        weights: of each bit, for the exact scan.
+        first bits; -1 where there are fewer. mode and setting: `prefix`, `ivf` or `hnsw` and what
+        `vhabl.search.approximate` says of them; else the scan is exact. chosen: for each segment,
+        which items take part; weights: of each bit, for the exact scan.
         """
         words = scan.to_words(query)
         parts = []
         for number, segment in enumerate(self.segments):
             allowed = segment.allowed(view, None if chosen is None else chosen[number])
-            if budget < 1 and bits >= scan.PREFIX:
-                limit = int(np.ceil(budget * segment.size))
-                found = scan.by_prefix(
-                    words, segment.words[view], segment.starts[view], bits, top, limit,
-                    allowed,
-                )  # fmt: skip
+            whole = segment.words[view]
+            if mode == "prefix" and setting < 1 and bits >= scan.PREFIX:
+                limit = math.ceil(setting * segment.size)
+                starts = segment.starts[view]
+                distance, rows = scan.by_prefix(words, whole, starts, bits, top, limit, allowed)
+            elif mode in approximate.GRAPHS:
+                graph = segment.graph(view, mode)
+                distance, rows = approximate.nearest(graph, query, top, setting, allowed)
+                possible = segment.size if allowed is None else int(allowed.sum())
+                few = (rows >= 0).sum(axis=1) < min(top, possible)
+                if few.any():  # a filter left out what it found, or it met too few
+                    wide = min(top, segment.size)
+                    distance, rows = distance[:, :wide].copy(), rows[:, :wide].copy()
+                    exact = scan.exact(words[few], whole, bits, top, allowed)
+                    distance[few], rows[few] = exact
             else:
-                found = scan.exact(words, segment.words[view], bits, top, allowed, weights)
-            distance, rows = found
+                distance, rows = scan.exact(words, whole, bits, top, allowed, weights)
             parts.append((distance, np.full_like(rows, number), segment.items_of(view, rows)))
         return _merge(parts, top)
 
@@ -229,7 +356,16 @@ class Store:
         bits = np.unpackbits(packed, count=len(self.class_names), bitorder="little")
         return [name for name, has in zip(self.class_names, bits, strict=True) if has]
 
-    def find(self, identity: str) -> tuple[int, int] | None:
+    def item(self, identity: str) -> tuple[Hit, dict[str, np.ndarray]]:
+        found = self.locate(identity)
+        if found is None:
+            refuse_id(self.folder, identity, there=False)
+        number, item = found
+        rows = np.array([item])
+        packed = {view: self.segments[number].packed(view, rows)[0] for view in self.views}
+        return self._hit(0, number, item), packed
+
+    def locate(self, identity: str) -> tuple[int, int] | None:
         """Segment and item of an id, or None where there is none."""
         for number, segment in enumerate(self.segments):
             item = segment.find(identity)
@@ -241,12 +377,12 @@ class Store:
 
     def add(self, codes: dict[str, np.ndarray], items: Items) -> Store:
         """The store with more items. Raises VhablError for an id that there is already."""
-        _check_ids(items.ids)
+        check_ids(items.ids)
         for identity in items.ids:
-            if self.find(identity) is not None:
-                fail(f"{self.folder}: id {identity}", "an item that has it", "a new id")
+            if self.locate(identity) is not None:
+                refuse_id(self.folder, identity, there=True)
         name = f"segment-{self.meta['next']:04d}"
-        part = _write_folder(self.folder / name, codes, items)
+        part = _write_folder(self.folder / name, codes, items, self.meta.get("graphs", []))
         segments = {**self.meta["segments"], name: part}
         write_json(
             self.folder / META,
@@ -260,9 +396,9 @@ class Store:
         """
         dead: dict[int, list[int]] = {}
         for identity in ids:
-            found = self.find(identity)
+            found = self.locate(identity)
             if found is None:
-                fail(f"{self.folder}: id {identity}", "no item that has it", "the id of an item")
+                refuse_id(self.folder, identity, there=False)
             dead.setdefault(found[0], []).append(found[1])
         segments = dict(self.meta["segments"])
         names = list(segments)
@@ -286,30 +422,33 @@ class Store:
         return Store(self.folder)
 
 
-def check_new(folder: Path) -> None:
-    """Raise VhablError where there is something already."""
-    if folder.exists():
-        fail(folder, "a file or folder", "nothing: an index is written anew")
-
-
 def create(
     folder: Path,
     about: dict[str, Any],
     codes: dict[str, np.ndarray],
     items: Items,
     measure: Callable[[Store], dict[str, Any]],
+    graphs: Sequence[approximate.Graph] = (),
+    centres: np.ndarray | None = None,
 ) -> Store:
     """Write a new index: whole, or not at all. about: what `index.json` says beside; it has views,
-    bits and class_names; measure: what it says more of the codes. Raises VhablError where the
+    bits and class_names; measure: what it says more of the codes; graphs: FAISS indexes to build
+    beside them; centres: [M, J, bits], which the items' choices are of. Raises VhablError where the
     folder exists.
     """
     check_new(folder)
-    _check_ids(items.ids)
+    check_ids(items.ids)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        part = _write_folder(temporary / "segment-0000", codes, items)
-        meta = {"format": FORMAT, **about, "next": 1, "segments": {"segment-0000": part}}
+        part = _write_folder(temporary / "segment-0000", codes, items, graphs)
+        meta = {
+            "format": FORMAT, "engine": "folder", **about, "graphs": list(graphs), "centres": None,
+            "next": 1, "segments": {"segment-0000": part},
+        }  # fmt: skip
+        if centres is not None:
+            np.save(temporary / CENTRES, centres)
+            meta["centres"] = _checksum(temporary / CENTRES)
         write_json(temporary / META, meta)
         write_json(temporary / META, {**meta, **measure(Store(temporary))})
         temporary.rename(folder)
@@ -318,47 +457,32 @@ def create(
     return Store(folder)
 
 
-def _write_folder(folder: Path, codes: dict[str, np.ndarray], items: Items) -> dict[str, Any]:
+def _write_folder(
+    folder: Path, codes: dict[str, np.ndarray], items: Items, graphs: Sequence[approximate.Graph]
+) -> dict[str, Any]:
     """A segment in a folder that is there whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: no index names it
     temporary.mkdir(parents=True)
     try:
-        part = write_segment(temporary, codes, items)
+        part = write_segment(temporary, codes, items, graphs)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return part
 
 
-def _check_ids(ids: Sequence[str]) -> None:
-    if not ids:
-        fail("items", "none", "at least one")
-    seen: set[str] = set()
-    for identity in ids:
-        if identity in seen:
-            fail(f"id {identity}", "it twice", "ids that differ")
-        seen.add(identity)
+def _check(meta: dict[str, Any]) -> None:
+    for part in meta["segments"].values():
+        if not {"items", "alive", "files"} <= part.keys():
+            raise ValueError("a segment without items, alive and files")
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
-    path = folder / META
-    if not path.is_file():
-        fail(folder, f"no {META}", "an index that python -m vhabl.search build wrote")
-    try:
-        meta = dict(json.loads(path.read_text(encoding="utf-8")))
-        if meta["format"] != FORMAT:
-            fail(path, f"format {meta['format']}", f"format {FORMAT}")
-        if not meta["views"] or not isinstance(meta["bits"], int):
-            raise ValueError("no views or bits")
-        for part in meta["segments"].values():
-            if not {"items", "alive", "files"} <= part.keys():
-                raise ValueError("a segment without items, alive and files")
-    except VhablError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        fail(path, f"a damaged description ({brief(error)})", "what vhabl.search wrote")
-    return meta
+def _check_size(path: Path, expected: Sequence[int]) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected[0]:
+        said = "no such file" if found is None else f"{found:,} bytes"
+        fail(path, said, f"the {expected[0]:,} bytes that {META} names")
 
 
 def _merge(
