@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["vhabl", "vhabl.*"]),
-    package_data={"vhabl.report": ["page.html"]},
+    package_data={"vhabl.report": ["page.html"], "vhabl.search": ["web/*"]},
     install_requires=[
         "torch>=2.4,<2.14",
         "numpy>=2,<3",

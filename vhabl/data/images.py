@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ LONGEST = 256  # sides of a picture, long to short
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 
 
-def open_image(path: Path | Image.Image) -> Image.Image:
-    """A whole image as RGB. Raises VhablError where it is missing, damaged, absurdly large or
-    absurdly long.
+def open_image(path: Path | BinaryIO | Image.Image, name: str = "") -> Image.Image:
+    """A whole image as RGB. name: what a message calls it, by default its path. Raises VhablError
+    where it is missing, damaged, absurdly large or absurdly long.
     """
     if isinstance(path, Image.Image):
         return path.convert("RGB")
@@ -36,8 +36,8 @@ def open_image(path: Path | Image.Image) -> Image.Image:
         fail(path, "no such file", "the image of an item")
     except Exception as error:  # damaged bytes raise many types
         raise VhablError(
-            f"{path}: found an image that cannot be read ({error}); expected a whole picture "
-            f"({', '.join(FORMATS)})"
+            f"{name or path}: found an image that cannot be read ({error}); expected a whole "
+            f"picture ({', '.join(FORMATS)})"
         ) from None
 
 

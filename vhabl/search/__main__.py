@@ -6,6 +6,7 @@ python -m vhabl.search query INDEX --image photo.jpg --bits 64 --mode prefix
 python -m vhabl.search add INDEX --table more.csv
 python -m vhabl.search delete INDEX --id NAME
 python -m vhabl.search info INDEX
+python -m vhabl.search serve INDEX
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ def main(arguments: list[str]) -> int:
     delete.add_argument("--id", action="append", required=True, metavar="ID")
     info = commands.add_parser("info", help="say what an index holds, and read it whole")
     info.add_argument("index", metavar="INDEX")
+    serve = commands.add_parser("serve", help="a page in the browser that searches an index")
+    serve.add_argument("index", metavar="INDEX")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="[8000]; 0: a free one")
+    serve.add_argument("--host", default="127.0.0.1", metavar="NAME",
+                       help="address to listen at [127.0.0.1: this machine alone]")  # fmt: skip
+    serve.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                       help="another name that requests may call it by")  # fmt: skip
     given = parser.parse_args(arguments)
     if given.command == "build":
         built = Index.build(
@@ -75,6 +83,11 @@ def main(arguments: list[str]) -> int:
     index = Index.open(given.index)
     if given.command == "query":
         ask(index, given)
+        return 0
+    if given.command == "serve":
+        from vhabl.search.page import serve as serve_page
+
+        serve_page(index, given.host, given.port, given.allow_host)
         return 0
     if given.command == "add":
         config = DataConfig("table", "table", str(given.table), image_root=given.image_root)

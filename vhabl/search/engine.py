@@ -103,6 +103,9 @@ class Engine(Protocol):
     def item(self, identity: str) -> tuple[Hit, dict[str, np.ndarray]]:
         """An item and its packed codes {view: [B]}. Raises VhablError where there is none."""
 
+    def some(self, count: int) -> list[Hit]:
+        """At most so many of the items, to begin a search with."""
+
     def add(self, codes: dict[str, np.ndarray], items: Items) -> Engine:
         """With more items, packed codes {view: [N, B]}: all or, with a VhablError, none of them."""
 

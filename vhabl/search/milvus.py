@@ -155,6 +155,11 @@ class Collection:
         packed = {view: _bytes_of(row[field_of(view)]) for view in self.views}
         return self._hit(row, {"id": identity}), packed
 
+    def some(self, count: int) -> list[Hit]:
+        with said(self.address):
+            rows = self.client.query(self.name, "", ["id", *FIELDS], limit=count)
+        return [self._hit(row, row) for row in rows]
+
     def _there(self, ids: Sequence[str]) -> set[str]:
         """Which of the ids there are."""
         found: set[str] = set()

@@ -365,6 +365,12 @@ class Store:
         packed = {view: self.segments[number].packed(view, rows)[0] for view in self.views}
         return self._hit(0, number, item), packed
 
+    def some(self, count: int) -> list[Hit]:
+        segment = self.segments[0]
+        alive = np.arange(segment.size) if segment.alive is None else np.flatnonzero(segment.alive)
+        chosen = np.linspace(0, len(alive) - 1, min(count, len(alive))).astype(int)
+        return [self._hit(0, 0, int(item)) for item in alive[chosen]]
+
     def locate(self, identity: str) -> tuple[int, int] | None:
         """Segment and item of an id, or None where there is none."""
         for number, segment in enumerate(self.segments):
