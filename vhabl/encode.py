@@ -250,8 +250,6 @@ def _prepare(arguments: list[str], here: Ranks) -> tuple[argparse.Namespace, Mod
     if given.overrides and given.data is None:
         fail(f"argument {given.overrides[0]}", "no --data", "keys of a data set beside --data")
     model = load(given.checkpoint, here.device(given.device))
-    if given.bits is not None:
-        model.method.check_length(given.bits)
     return given, model, _items(given)
 
 
