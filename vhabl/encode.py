@@ -189,6 +189,34 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
+def read_codes(
+    path: Path, model: Model, ids: Sequence[str], bits: int | None = None
+) -> dict[str, np.ndarray]:
+    """Codes of each view of the model, int8 [N, bits], from a file that this command wrote. Raises
+    VhablError where it is damaged, or not of this run, of these items or of this length.
+    """
+    arrays = code_files.read_npz(path)
+    digest = str(arrays.pop("run", "nothing"))
+    if digest != model.run.digest:
+        expected = f"{model.run.digest}, the weights of {model.run.folder}"
+        fail(f"{path}: key run", digest, expected)
+    found = np.atleast_1d(arrays.pop("ids", np.zeros(0, str))).tolist()
+    wanted = np.array(ids, str).tolist()
+    if found != wanted:
+        other = next((f for f, w in zip(found, wanted, strict=False) if f != w), "")
+        said = plural(len(found), "item") + (f", {other!r} among them" if other else "")
+        fail(f"{path}: key ids", said, f"the {plural(len(wanted), 'item')} of the data, in order")
+    views = ["fused"] if model.method.task == "fused" else ["image", "text"]
+    if list(arrays) != views:
+        fail(f"{path}: keys", ", ".join(arrays) or "none", " and ".join(views))
+    for view, rows in arrays.items():
+        if rows.dtype != np.int8 or rows.ndim != 2 or len(rows) != len(ids):
+            fail(f"{path}: key {view}", f"shape {rows.shape}", f"codes of {len(ids):,} items")
+        if bits is not None and rows.shape[1] != bits:
+            fail("key bits", str(bits), f"{rows.shape[1]}, as {path} has")
+    return arrays
+
+
 def main(arguments: list[str]) -> int:
     with ranks.joined() as here:
         given, model, items = here.everywhere(lambda: _prepare(arguments, here))

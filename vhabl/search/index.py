@@ -23,15 +23,13 @@ from PIL import Image
 
 from vhabl.codes import pack
 from vhabl.config import load_data_config
-from vhabl.data import items as read_items
-from vhabl.data import load as load_data
-from vhabl.encode import Images, Model, Texts
+from vhabl.data import collection
+from vhabl.encode import Images, Model, Texts, read_codes
 from vhabl.encode import load as load_model
 from vhabl.errors import fail
 from vhabl.metrics import integer_weights
 from vhabl.search import store
 from vhabl.search.where import parse
-from vhabl.settings import DataConfig
 
 Mode = Literal["exact", "weighted", "prefix"]
 MODES = typing.get_args(Mode)
@@ -76,21 +74,29 @@ class Index:
         overrides: Sequence[str] = (),
         device: str = "auto",
         progress_bar: bool = False,
+        codes: str | Path | None = None,
     ) -> Index:
         """Encode every item of a data set and write an index of the codes: whole or not at all.
 
         data: a file in configs/data, or that of the run by default; bits: the longest length by
-        default. Raises VhablError where the folder exists, and as `vhabl.load` and the readers do.
+        default; codes: a file of `vhabl.encode` with the codes of these items by this run, instead
+        of encoding them. Raises VhablError where the folder exists, and as `vhabl.load` and the
+        readers do.
         """
         folder = Path(folder)
         store.check_new(folder)
         model = load_model(run, device)
-        bits = model.method.bits if bits is None else bits
-        model.method.check_length(bits)
+        model.method.check_length(model.method.bits if bits is None else bits)
         config = model.run.config.data if data is None else load_data_config(data, overrides)
-        inputs, items, class_names = _items_of(config, model)
-        codes = model.encode(**inputs, bits=bits, progress_bar=progress_bar)
-        packed = {view: pack(rows) for view, rows in codes.items()}
+        found = collection(config)
+        if codes is None:
+            coded = model.encode(found.images, found.texts, bits, progress_bar)
+        else:
+            coded = read_codes(Path(codes), model, found.ids, bits)
+        bits = next(iter(coded.values())).shape[1]
+        packed = {view: pack(rows) for view, rows in coded.items()}
+        captions, paths = map(_caption, found.texts), map(_path, found.images)
+        items = store.Items(found.ids, list(captions), list(paths), found.labels)
         about = {
             "method": model.run.config.title,
             "task": model.method.task,
@@ -101,7 +107,7 @@ class Index:
             "views": list(packed),
             "bits": bits,
             "importance": _importance(model, bits),
-            "class_names": class_names,
+            "class_names": found.class_names,
         }
         index = cls(store.create(folder, about, packed, items, _recall), device)
         index._model = model
@@ -281,28 +287,3 @@ def _caption(text: Any) -> str:
 
 def _path(image: Any) -> str:
     return str(Path(image).resolve()) if isinstance(image, str | Path) else ""
-
-
-def _items_of(config: DataConfig, model: Model) -> tuple[dict[str, Any], store.Items, list[str]]:
-    """What the model takes of all items of a data set, what the index keeps of them, and the names
-    of the classes.
-    """
-    if config.kind != "features":
-        pairs = read_items(config, unlabelled=True)
-        names = _named(pairs.class_names, pairs.labels)
-        kept = store.Items(
-            pairs.ids, pairs.captions, [str(file.resolve()) for file in pairs.files], pairs.labels
-        )
-        return {"images": pairs.files, "texts": pairs.captions}, kept, names
-    data = load_data(config)
-    found = data.database
-    names = _named(data.class_names, found.labels)
-    ids = [f"item {number + 1}" for number in range(len(found))]
-    blank = [""] * len(found)
-    inputs = {"images": found.image, "texts": found.text}
-    return inputs, store.Items(ids, blank, blank, found.labels), names
-
-
-def _named(names: Sequence[str], labels: np.ndarray) -> list[str]:
-    """Names of the classes, or their numbers where they have none."""
-    return list(names) or [f"class {c + 1}" for c in range(labels.shape[1])]
