@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import COLOURS, pair_config, write_feature_file, write_pair_folder
 
-from vhabl import codebooks, errors, train
+from vhabl import codebooks, encode, errors, train
 from vhabl.codes import pack
 from vhabl.data import items as read_items
 from vhabl.data import load as load_data
@@ -810,3 +810,39 @@ def test_milvus_from_the_commands(
             Index.open("m").search(text="a", **options)
     with pytest.raises(VhablError, match="key graphs: found ivf; expected none"):
         Index.build("n", "run", engine="milvus", graphs=["ivf"])
+
+
+def test_an_index_is_built_of_codes_that_were_written(folder: Path) -> None:
+    """The same as by encoding; codes of anything else are refused, and nothing is written."""
+    trained(folder, "cmcl", "out=run", "data.workers=0")
+    recipe = Path("d.yaml")
+    rows = (f"{number}.png,{'red' if number % 2 else 'blue'} one,x\n" for number in range(20))
+    (folder / "t.csv").write_text("image,caption,labels\n" + "".join(rows))
+    recipe.write_text(f"name: mine\nkind: table\npath: {folder / 't.csv'}\n")
+    asked = ["--checkpoint", "run", "--data", str(recipe), "--quiet"]
+    assert encode.main([*asked, "--bits", "8", "--out", "c.npz"]) == 0
+    assert __main__.main(["build", *asked, "--codes", "c.npz", "--out", "index"]) == 0
+    assert __main__.main(["build", *asked, "--bits", "8", "--out", "other"]) == 0
+    assert content(Path("index")) == content(Path("other"))
+    shutil.rmtree("index")
+    with np.load("c.npz") as file:
+        whole = dict(file)
+    ids, views = whole["ids"], {name: whole[name] for name in ("image", "text")}
+    for change, message in (
+        ({"run": "0" * 32}, "key run: found 0{32}; expected [0-9a-f]{32}, the weights of run"),
+        ({"run": None}, "key run: found nothing"),
+        ({"ids": ids[:19]}, "key ids: found 19 items; expected the 20 items of the data"),
+        ({"ids": ids[::-1]}, "key ids: found 20 items, '19.png' among them; expected the 20 items"),
+        ({"ids": None}, "key ids: found 0 items"),
+        ({"text": None}, "keys: found image; expected image and text"),
+        ({"text": views["text"][:19]}, r"key text: found shape \(19, 8\); expected codes of 20"),
+        ({"text": np.zeros((20, 8))}, r"key text: found shape \(20, 8\); expected codes of 20"),
+        ({"text": np.zeros((20, 2), np.uint8)}, "key text: found 2 bytes a code; expected 1"),
+    ):
+        kept = {name: value for name, value in (whole | change).items() if value is not None}
+        np.savez("bad.npz", **kept)
+        with pytest.raises(VhablError, match=f"bad.npz: {message}"):
+            Index.build("index", "run", recipe, codes="bad.npz")
+    with pytest.raises(VhablError, match=r"key bits: found 16; expected 8, as c.npz has"):
+        Index.build("index", "run", recipe, 16, codes="c.npz")
+    assert not Path("index").exists()

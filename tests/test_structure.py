@@ -17,9 +17,9 @@ ROOT = Path(vhabl.__file__).parent
 # A part may import from its own level and from those above it in this list.
 LEVELS = (
     {"errors", "types"},
-    {"files", "matfile", "published", "settings"},
+    {"files", "matfile", "published", "ranks", "settings"},
     {"openclip"},
-    {"layers", "losses", "codes", "codebooks", "metrics", "optim"},
+    {"layers", "losses", "codes", "codebooks", "metrics", "optim", "shards"},
     {"data", "encoders"},
     {"methods"},
     {"config"},

@@ -91,7 +91,7 @@ def load(path: Path) -> dict[str, Codes]:
 
     Raises VhablError where a key is missing, a code is not +-1 (or 0/1), or sizes disagree.
     """
-    arrays = _read_npz(path) if path.suffix == ".npz" else read_mat(path)
+    arrays = read_npz(path) if path.suffix == ".npz" else read_mat(path)
     if "val_B" in arrays and "retrieval_B" in arrays:
         needed, tasks = ("L_te", "L_db"), {"fused": ("val_B", "retrieval_B")}
     elif {"q_img", "q_txt", "r_img", "r_txt"} <= arrays.keys():
@@ -139,7 +139,8 @@ def load(path: Path) -> dict[str, Codes]:
     return result
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz of packed codes, codes unpacked to +-1. Raises VhablError."""
     expected = "an .npz of packed codes"
     try:
         zipfile.ZipFile(path).close()  # np.load would also take a single array

@@ -2,20 +2,26 @@
 
 python -m vhabl.encode --checkpoint RUN --images DIR --bits 64 --out codes.npz
 python -m vhabl.encode --checkpoint RUN --table items.csv --bits 64 --out codes.npz
+python -m vhabl.encode --checkpoint RUN --data configs/data/emoji.yaml --out codes.npz
 python -m vhabl.encode --checkpoint RUN --text "a red car" --text "two dogs"
+torchrun --nproc-per-node 4 -m vhabl.encode --checkpoint RUN --table items.csv --out codes.npz
 
     model = vhabl.load("checkpoint/mine/vh_abl_clip/0")
     codes = model.encode(images=["a.jpg", "b.jpg"], texts=["a red car", "two dogs"], bits=64)
     codes["fused"]  # int8 [2, 64] of -1 and +1
 
-An .npz file has `ids`, `bits`, and the codes of each view (`fused`, or `image` and `text`) packed
-as `vhabl.codes.pack` does. A fused method takes pictures, texts or pairs; a cross one encodes
-pictures and texts apart.
+An .npz file has `ids`, `bits`, `run` (the digest of the run's weights), and the codes of each view
+(`fused`, or `image` and `text`) packed as `vhabl.codes.pack` does. A fused method takes pictures,
+texts or pairs; a cross one encodes pictures and texts apart.
+
+Under torchrun each process encodes a part of the items, and the file is the same. Parts that are
+done are kept for the next try where one dies (`vhabl.shards`).
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +30,18 @@ import numpy as np
 from PIL import Image
 
 from vhabl import codes as code_files
-from vhabl import errors, openclip, runs
+from vhabl import errors, openclip, ranks, runs, shards
+from vhabl.config import load_data_config, to_yaml
+from vhabl.data import collection
 from vhabl.data.images import ImageFiles
 from vhabl.data.pairs import bag_of_words, describe_images
 from vhabl.data.table import read_items
 from vhabl.errors import fail, note, plural
 from vhabl.evaluator import encode, relaxed_codes
 from vhabl.files import atomic_path
+from vhabl.ranks import Ranks
 from vhabl.settings import DataConfig
+from vhabl.shards import Part, Shard
 from vhabl.trainer import pick_device
 from vhabl.types import Rows, Split
 
@@ -39,6 +49,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 Images = Sequence[str | Path | Image.Image] | np.ndarray
 Texts = Sequence[str] | np.ndarray
+# Ids, and images and texts in their order; None for what the items do not have.
+Items = tuple[list[str], Sequence[Path] | np.ndarray | None, Texts | None]
 
 
 def load(folder: str | Path, device: str = "auto") -> Model:
@@ -70,7 +82,7 @@ class Model:
         VhablError for a picture that cannot be read, for a length or a modality that the model does
         not serve, and for numbers of images and texts that do not pair.
         """
-        return self._encode(images, texts, bits, progress_bar, encode)
+        return self._run(images, texts, bits, progress_bar, encode)
 
     def features(
         self,
@@ -80,7 +92,24 @@ class Model:
         progress_bar: bool = False,
     ) -> dict[str, np.ndarray]:
         """What `encode` takes the signs of, float32 [N, bits] of each view."""
-        return self._encode(images, texts, bits, progress_bar, relaxed_codes)
+        return self._run(images, texts, bits, progress_bar, relaxed_codes)
+
+    def _run(
+        self,
+        images: Images | None,
+        texts: Texts | None,
+        bits: int | None,
+        progress_bar: bool,
+        run: Callable[..., dict[int, dict[str, np.ndarray]]],
+    ) -> dict[str, np.ndarray]:
+        codes, cut = self._encode(images, texts, bits, progress_bar, run)
+        self._note_cut(cut)
+        return codes
+
+    def _note_cut(self, count: int) -> None:
+        if count:
+            words = self.run.config.encoder.words
+            note(f"{plural(count, 'text')} longer than {words} tokens: cut")
 
     def _encode(
         self,
@@ -89,7 +118,8 @@ class Model:
         bits: int | None,
         progress_bar: bool,
         run: Callable[..., dict[int, dict[str, np.ndarray]]],
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """What `run` gives, and how many texts were cut, which it does not say."""
         if images is None and texts is None:
             fail("images and texts", "neither", "one of them, or both")
         bits = self.method.bits if bits is None else bits
@@ -97,18 +127,18 @@ class Model:
             fail("key bits", repr(bits), "a whole number")
         self.method.check_length(bits)
         image = None if images is None else self._image(images)
-        text = None if texts is None else self._text(texts)
+        text, cut = (None, 0) if texts is None else self._text(texts)
         if image is not None and text is not None and self.method.task == "fused":
             if len(image) != len(text):
                 found = f"{plural(len(image), 'image')} and {plural(len(text), 'text')}"
                 fail("images and texts", found, "as many of each: they are pairs")
-            return self._codes(image, text, bits, "", progress_bar, run)
+            return self._codes(image, text, bits, "", progress_bar, run), cut
         result: dict[str, np.ndarray] = {}
         if image is not None:
             result |= self._codes(image, _nothing(len(image)), bits, "image", progress_bar, run)
         if text is not None:
             result |= self._codes(_nothing(len(text)), text, bits, "text", progress_bar, run)
-        return result
+        return result, cut
 
     def _codes(
         self,
@@ -140,17 +170,15 @@ class Model:
         side = encoder.resize or openclip.picture_size(encoder.model)
         return Rows(ImageFiles(files, side, encoder.squeeze, config.workers), np.arange(len(files)))
 
-    def _text(self, texts: Texts) -> np.ndarray:
+    def _text(self, texts: Texts) -> tuple[np.ndarray, int]:
+        """Texts as the encoder takes them, and how many of them were cut."""
         config, encoder = self.run.config.data, self.run.config.encoder
         if config.kind == "features":
-            return _features("texts", texts, self.method.spec.text_dim)
+            return _features("texts", texts, self.method.spec.text_dim), 0
         _refuse_features("texts", texts)
         if encoder.name == "features":
-            return bag_of_words(list(texts), self.method.spec.vocabulary)
-        tokens, too_long = openclip.tokenise(list(texts), encoder.words)
-        if too_long:
-            note(f"{plural(too_long, 'text')} longer than {encoder.words} tokens: cut")
-        return tokens
+            return bag_of_words(list(texts), self.method.spec.vocabulary), 0
+        return openclip.tokenise(list(texts), encoder.words)
 
 
 def _nothing(count: int) -> np.ndarray:
@@ -188,7 +216,64 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
+def read_codes(
+    path: Path, model: Model, ids: Sequence[str], bits: int | None = None
+) -> dict[str, np.ndarray]:
+    """Codes of each view of the model, int8 [N, bits], from a file that this command wrote. Raises
+    VhablError where it is damaged, or not of this run, of these items or of this length.
+    """
+    arrays = code_files.read_npz(path)
+    digest = str(arrays.pop("run", "nothing"))
+    if digest != model.run.digest:
+        expected = f"{model.run.digest}, the weights of {model.run.folder}"
+        fail(f"{path}: key run", digest, expected)
+    found = np.atleast_1d(arrays.pop("ids", np.zeros(0, str))).tolist()
+    wanted = np.array(ids, str).tolist()
+    if found != wanted:
+        other = next((f for f, w in zip(found, wanted, strict=False) if f != w), "")
+        said = plural(len(found), "item") + (f", {other!r} among them" if other else "")
+        fail(f"{path}: key ids", said, f"the {plural(len(wanted), 'item')} of the data, in order")
+    views = ["fused"] if model.method.task == "fused" else ["image", "text"]
+    if list(arrays) != views:
+        fail(f"{path}: keys", ", ".join(arrays) or "none", " and ".join(views))
+    for view, rows in arrays.items():
+        if rows.dtype != np.int8 or rows.ndim != 2 or len(rows) != len(ids):
+            fail(f"{path}: key {view}", f"shape {rows.shape}", f"codes of {len(ids):,} items")
+        if bits is not None and rows.shape[1] != bits:
+            fail("key bits", str(bits), f"{rows.shape[1]}, as {path} has")
+    return arrays
+
+
 def main(arguments: list[str]) -> int:
+    with ranks.joined() as here:
+        given, model, items = here.everywhere(lambda: _prepare(arguments, here))
+        bits = model.method.bits if given.bits is None else given.bits
+        if here.size == 1:
+            ids, images, texts = items
+            codes = model.encode(images, texts, bits, not given.quiet)
+            whole = Part(0, ids, {view: code_files.pack(rows) for view, rows in codes.items()})
+        else:
+            parts = _encode_parts(model, items, bits, given, here)
+            if here.rank > 0:
+                return 0
+            whole = shards.merge(parts, items[0])
+            model._note_cut(whole.cut)
+        if given.out is None:
+            _print(whole, bits)
+            return 0
+        with atomic_path(given.out) as path, path.open("wb") as file:
+            about = {"bits": np.int64(bits), "run": np.array(model.run.digest)}
+            content: dict[str, Any] = {**about, "ids": np.array(whole.ids, str), **whole.codes}
+            np.savez(file, **content)
+        if here.size > 1:
+            shutil.rmtree(shards.folder(given.out))
+    sizes = ", ".join(f"{view} {len(rows):,}" for view, rows in whole.codes.items())
+    print(f"{given.out}: codes of {bits} bits: {sizes}")
+    return 0
+
+
+def _prepare(arguments: list[str], here: Ranks) -> tuple[argparse.Namespace, Model, Items]:
+    """What is asked for, the model, and the items to encode."""
     parser = argparse.ArgumentParser(
         prog="python -m vhabl.encode", description="Codes of your own pictures and texts."
     )
@@ -199,6 +284,7 @@ def main(arguments: list[str]) -> int:
         "--table", type=Path, metavar="FILE",
         help="a .csv, .tsv, .jsonl or .parquet table with columns image, caption or both",
     )  # fmt: skip
+    what.add_argument("--data", metavar="FILE", help="every item of a data set in configs/data")
     what.add_argument("--text", action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--image-root", default="images", metavar="DIR",
                         help="folder of a table's pictures, beside the table [images]")  # fmt: skip
@@ -206,35 +292,80 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE.npz", help="without it, codes are printed"
     )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--device", default="auto", metavar="NAME",
+                        help="auto, cpu, cuda (a GPU for each process), cuda:N")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    given = parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="beside --data, such as data.path=PATH")  # fmt: skip
+    given = parser.parse_intermixed_args(arguments)
     if given.out is not None and given.out.suffix != ".npz":
         fail(f"argument --out {given.out}", "another ending", ".npz")
-    model = load(given.checkpoint, given.device)
-    images: list[Path] | None = None
-    texts: list[str] | None = given.text
+    if given.out is None and here.size > 1:
+        fail("argument --out", f"nothing, with {here.size} processes", "FILE.npz")
+    if given.overrides and given.data is None:
+        fail(f"argument {given.overrides[0]}", "no --data", "keys of a data set beside --data")
+    model = load(given.checkpoint, here.device(given.device))
+    return given, model, _items(given)
+
+
+def _items(given: argparse.Namespace) -> Items:
     if given.images is not None:
-        images = image_files(given.images)
-        ids = [file.name for file in images]
-    elif given.table is not None:
+        files = image_files(given.images)
+        return [file.name for file in files], files, None
+    if given.table is not None:
         config = DataConfig("table", "table", str(given.table), image_root=given.image_root)
-        ids, images, texts = read_items(given.table, config)
-    else:
-        ids = list(given.text)
-    bits = model.method.bits if given.bits is None else given.bits
-    found = model.encode(images, texts, bits, progress_bar=not given.quiet)
-    if given.out is None:
-        for view, rows in found.items():
-            for name, code in zip(ids, rows, strict=True):
-                print(f"{name}\t{view}\t{''.join('1' if bit > 0 else '0' for bit in code)}")
-        return 0
-    with atomic_path(given.out) as path, path.open("wb") as file:
-        packed: dict[str, Any] = {view: code_files.pack(rows) for view, rows in found.items()}
-        np.savez(file, bits=np.int64(bits), ids=np.array(ids), **packed)
-    sizes = ", ".join(f"{view} {len(rows):,}" for view, rows in found.items())
-    print(f"{given.out}: codes of {bits} bits: {sizes}")
-    return 0
+        return read_items(given.table, config)
+    if given.data is not None:
+        found = collection(load_data_config(given.data, given.overrides))
+        return found.ids, found.images, found.texts
+    return list(given.text), None, given.text
+
+
+def _encode_parts(
+    model: Model, items: Items, bits: int, given: argparse.Namespace, here: Ranks
+) -> list[Shard]:
+    """The shards of all ranks, once each is written. Those of an earlier try are kept where they
+    are what this rank would write.
+    """
+    rows = shards.rows(len(items[0]), model.method.encoder.batch, here.rank, here.size)
+    ids, images, texts = _take(items, rows)
+    device = next(model.method.parameters()).device.type  # a GPU computes in another precision
+    made_with = [to_yaml(model.run.config), model.run.digest, str(bits), device, str(rows)]
+
+    def find() -> tuple[Shard, bool]:
+        name = f"{here.rank + 1}-of-{here.size}.npz"
+        shard = Shard(
+            shards.folder(given.out) / name, shards.signature(made_with, ids, images, texts)
+        )
+        return shard, shard.read() is not None
+
+    def encode_rows() -> None:
+        progress_bar = here.rank == 0 and not given.quiet
+        codes, cut = model._encode(images, texts, bits, progress_bar, encode)
+        packed = {view: code_files.pack(rows) for view, rows in codes.items()}
+        shard.write(Part(rows.start, ids, packed, cut))
+
+    shard, kept = here.everywhere(find)
+    for number, there in enumerate(here.gather(kept), 1):
+        if there and here.rank == 0:
+            note(f"kept shard {number} of {here.size}")
+    here.everywhere(lambda: None if kept else encode_rows())
+    return here.gather(shard)
+
+
+def _take(items: Items, rows: slice) -> Items:
+    ids, images, texts = items
+    return (
+        ids[rows],
+        None if images is None else images[rows],
+        None if texts is None else texts[rows],
+    )
+
+
+def _print(part: Part, bits: int) -> None:
+    for view, packed in part.codes.items():
+        for name, code in zip(part.ids, code_files.unpack(packed, bits), strict=True):
+            print(f"{name}\t{view}\t{''.join('1' if bit > 0 else '0' for bit in code)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from vhabl.files import locate
 from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.types import Dataset, Rows, Split
 
-__all__ = ["items", "load", "validation_split", "without"]
+__all__ = ["Collection", "collection", "items", "load", "validation_split", "without"]
 
 
 def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
@@ -78,6 +80,41 @@ def items(config: DataConfig, unlabelled: bool = False) -> Pairs:
     if config.kind == "table":
         return read_table(path, config, unlabelled)
     return read_pairs(path, config)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The items of a data set that a search would find, as `vhabl.Model.encode` takes them.
+
+    images: files, or features [N, d]; texts: captions, or features [N, d]; labels: [N, C] uint8;
+    class_names: C names, or numbers where the classes have none.
+    """
+
+    ids: list[str]
+    images: Sequence[Path] | np.ndarray
+    texts: Sequence[str] | np.ndarray
+    labels: np.ndarray
+    class_names: list[str]
+
+
+def collection(config: DataConfig) -> Collection:
+    """All pairs of a data set, with or without a label, or the database of a feature file. Raises
+    VhablError as `load` does.
+    """
+    if config.kind != "features":
+        pairs = items(config, unlabelled=True)
+        names = pairs.class_names or _numbers(pairs.labels)
+        return Collection(pairs.ids, pairs.files, pairs.captions, pairs.labels, list(names))
+    data = load(config)
+    found = data.database
+    ids = [f"item {number + 1}" for number in range(len(found))]
+    names = list(data.class_names) or _numbers(found.labels)
+    return Collection(ids, found.image[:], found.text[:], found.labels, names)
+
+
+def _numbers(labels: np.ndarray) -> list[str]:
+    """Names of classes that have none."""
+    return [f"class {number + 1}" for number in range(labels.shape[1])]
 
 
 def missing_message(config: DataConfig) -> str:

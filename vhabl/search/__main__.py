@@ -1,6 +1,7 @@
 """Build an index of one's own data, and ask it.
 
 python -m vhabl.search build --checkpoint RUN --data configs/data/emoji.yaml --out INDEX
+python -m vhabl.search build --checkpoint RUN --data FILE --codes codes.npz --out INDEX
 python -m vhabl.search query INDEX --text "red fruit" --top 10 --where "label = 'Food & Drink'"
 python -m vhabl.search query INDEX --image photo.jpg --bits 64 --mode prefix
 python -m vhabl.search add INDEX --table more.csv
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
     build.add_argument("--checkpoint", required=True, metavar="RUN", help="the folder of a run")
     build.add_argument("--data", metavar="FILE", help="in configs/data; default: that of the run")
     build.add_argument("--out", required=True, metavar="INDEX", help="a folder that does not exist")
+    build.add_argument("--codes", metavar="FILE", help="what vhabl.encode --data wrote of the set")
     build.add_argument("--bits", type=int, metavar="N", help="code length [the longest]")
     build.add_argument(
         "--graph", choices=GRAPHS, action="append", default=[], metavar="KIND",
@@ -77,6 +79,7 @@ def main(arguments: list[str]) -> int:
         built = Index.build(
             given.out, given.checkpoint, given.data, given.bits, given.overrides, given.device,
             progress_bar=not given.quiet, graphs=given.graph, engine=given.engine, uri=given.uri,
+            codes=given.codes,
         )  # fmt: skip
         print(describe(built))
         return 0

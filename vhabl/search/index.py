@@ -24,16 +24,14 @@ from PIL import Image
 from vhabl import codebooks
 from vhabl.codes import pack
 from vhabl.config import load_data_config
-from vhabl.data import items as read_items
-from vhabl.data import load as load_data
-from vhabl.encode import Images, Model, Texts
+from vhabl.data import collection
+from vhabl.encode import Images, Model, Texts, read_codes
 from vhabl.encode import load as load_model
 from vhabl.errors import fail
 from vhabl.metrics import integer_weights
 from vhabl.search import approximate, scan, store
 from vhabl.search.engine import ENGINES, Engine, Hit, Items, Mode, Query, check_new, read_meta
 from vhabl.search.where import parse
-from vhabl.settings import DataConfig
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,16 @@ class Index:
         graphs: Sequence[approximate.Graph] = (),
         engine: str = "folder",
         uri: str = "",
+        codes: str | Path | None = None,
     ) -> Index:
         """Encode every item of a data set and write an index of the codes: whole or not at all.
 
         data: a file in configs/data, or that of the run by default; bits: the longest length by
         default; graphs: `ivf`, `hnsw` or both, of FAISS, for searches that take less time and may
         miss items; engine: `folder` or `milvus`, then with the `uri` of a server or of an embedded
-        file, by default one in the folder. Raises VhablError where the folder exists, and as
-        `vhabl.load` and the readers do.
+        file, by default one in the folder; codes: a file of `vhabl.encode` with the codes of these
+        items by this run, instead of encoding them (without features for a second stage). Raises
+        VhablError where the folder exists, and as `vhabl.load` and the readers do.
         """
         folder = Path(folder)
         check_new(folder)
@@ -93,13 +93,22 @@ class Index:
         if engine == "milvus" and graphs:
             fail("key graphs", " and ".join(graphs), "none: Milvus has indexes of its own")
         model = load_model(run, device)
-        bits = model.method.bits if bits is None else bits
-        model.method.check_length(bits)
+        model.method.check_length(model.method.bits if bits is None else bits)
         config = model.run.config.data if data is None else load_data_config(data, overrides)
-        inputs, items, class_names = _items_of(config, model)
-        centres = model.method.codebook(bits) if engine == "folder" else None
-        encoded = _encode(model, bits, centres is not None, progress_bar=progress_bar, **inputs)
+        found = collection(config)
+        centres = None
+        if codes is not None:
+            signs = read_codes(Path(codes), model, found.ids, bits)
+            bits = next(iter(signs.values())).shape[1]
+            encoded = _packed(signs)
+        else:
+            bits = model.method.bits if bits is None else bits
+            centres = model.method.codebook(bits) if engine == "folder" else None
+            second = centres is not None
+            encoded = _encode(model, bits, second, found.images, found.texts, progress_bar)
         views = list(encoded.codes)
+        captions, paths = map(_caption, found.texts), map(_path, found.images)
+        items = Items(found.ids, list(captions), list(paths), found.labels)
         about = {
             "method": model.run.config.title,
             "task": model.method.task,
@@ -110,7 +119,7 @@ class Index:
             "views": views,
             "bits": bits,
             "importance": _importance(model, bits),
-            "class_names": class_names,
+            "class_names": found.class_names,
         }
         built: Engine
         if engine == "milvus":
@@ -303,11 +312,14 @@ def _encode(
     progress_bar: bool = False,
 ) -> Encoded:
     if not features:
-        found = model.encode(images, texts, bits, progress_bar)
-        return Encoded({view: pack(rows) for view, rows in found.items()}, {})
+        return _packed(model.encode(images, texts, bits, progress_bar))
     found = model.features(images, texts, bits, progress_bar)
     signs = {view: np.where(rows >= 0, 1, -1) for view, rows in found.items()}
-    return Encoded({view: pack(rows) for view, rows in signs.items()}, found)
+    return replace(_packed(signs), features=found)
+
+
+def _packed(signs: dict[str, np.ndarray]) -> Encoded:
+    return Encoded({view: pack(rows) for view, rows in signs.items()}, {})
 
 
 def _with_choices(items: Items, encoded: Encoded, centres: torch.Tensor | None) -> Items:
@@ -336,28 +348,3 @@ def _caption(text: Any) -> str:
 
 def _path(image: Any) -> str:
     return str(Path(image).resolve()) if isinstance(image, str | Path) else ""
-
-
-def _items_of(config: DataConfig, model: Model) -> tuple[dict[str, Any], Items, list[str]]:
-    """What the model takes of all items of a data set, what the index keeps of them, and the names
-    of the classes.
-    """
-    if config.kind != "features":
-        pairs = read_items(config, unlabelled=True)
-        names = _named(pairs.class_names, pairs.labels)
-        kept = Items(
-            pairs.ids, pairs.captions, [str(file.resolve()) for file in pairs.files], pairs.labels
-        )
-        return {"images": pairs.files, "texts": pairs.captions}, kept, names
-    data = load_data(config)
-    found = data.database
-    names = _named(data.class_names, found.labels)
-    ids = [f"item {number + 1}" for number in range(len(found))]
-    blank = [""] * len(found)
-    inputs = {"images": found.image, "texts": found.text}
-    return inputs, Items(ids, blank, blank, found.labels), names
-
-
-def _named(names: Sequence[str], labels: np.ndarray) -> list[str]:
-    """Names of the classes, or their numbers where they have none."""
-    return list(names) or [f"class {c + 1}" for c in range(labels.shape[1])]
