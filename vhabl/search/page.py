@@ -214,19 +214,23 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen, begun = 0, False
+        seen, over = 0, False
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal seen
+            nonlocal seen, over
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > BODY:
+            if seen > BODY and not over:
+                said = f"request: found a longer body; expected at most {BODY:,} bytes"
+                await refuse(413, said)(scope, receive, sent)
+                over = True
+            if over:
                 raise TooLong
             return message
 
         async def sent(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
-            begun = True
+            if over:  # it was answered
+                return
             if message["type"] == "http.response.start":
                 message["headers"] = [
                     *message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())
@@ -247,10 +251,7 @@ class Limits:
         try:
             await self.app(scope, counted, sent)
         except TooLong:
-            if not begun:
-                await refuse(413, f"request: found a longer body; expected at most {BODY:,} bytes")(
-                    scope, receive, sent
-                )
+            pass
         finally:
             self.at_work -= 1
 
