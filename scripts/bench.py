@@ -4,17 +4,19 @@ python scripts/bench.py losses [--json]
 python scripts/bench.py eval [--json]
 python scripts/bench.py cache [--json]
 python scripts/bench.py search [--json]
+python scripts/bench.py stages [--json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,12 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vhabl import losses
+from vhabl import codebooks, losses
 from vhabl.codes import pack
 from vhabl.config import CONFIG_DIR
 from vhabl.config import load as load_config
 from vhabl.data import load as load_data
+from vhabl.evaluator import SHORTLIST
 from vhabl.files import PROJECT
+from vhabl.methods.base import HashingMethod
 from vhabl.metrics import HEADLINE, MEASURES, Kernel, evaluate
 from vhabl.metrics.counts import Packed
 from vhabl.metrics.evaluation import pick_kernel
@@ -38,7 +42,7 @@ from vhabl.search import scan, store
 from vhabl.search.approximate import RECALL, SHARES
 from vhabl.search.engine import Items
 from vhabl.trainer import Trainer
-from vhabl.types import Codes, Inputs
+from vhabl.types import Codes, Dataset, Inputs, Split
 
 
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -345,33 +349,130 @@ def bench_search() -> list[dict[str, object]]:
 
 def codes_under_noise(folder: Path, count: int) -> np.ndarray:
     """Packed codes of the shipped items' features under noise, by a model trained on them."""
+    small = ["model.net.members=1", "model.net.joint_hidden=0", "epochs=10"]
+    method, data = trained_on_emoji(folder, "hiamh", *small)
+    with torch.no_grad():
+        return np.concatenate(
+            [
+                pack(method.encode(inputs, 128)["fused"].numpy())
+                for inputs, _ in under_noise(data.database, count)
+            ]
+        )
+
+
+def trained_on_emoji(folder: Path, recipe: str, *overrides: str) -> tuple[HashingMethod, Dataset]:
     config = load_config(
-        CONFIG_DIR / "hiamh.yaml",
-        [
-            "data=emoji",
-            "epochs=10",
-            "validation.fraction=0",
-            f"out={folder}/run",
-            "codes=none",
-            "model.net.members=1",
-            "model.net.joint_hidden=0",
-        ],
+        CONFIG_DIR / f"{recipe}.yaml",
+        ["data=emoji", "validation.fraction=0", f"out={folder}/run", "codes=none", *overrides],
     )
     data = load_data(config.data, config.encoder)
-    method = Trainer(config, data, False).run()
+    return Trainer(config, data, False).run().eval(), data
+
+
+def under_noise(split: Split, count: int) -> Iterator[tuple[Inputs, np.ndarray]]:
+    """Items drawn from a split of features, in batches, and their row numbers: pictures get noise,
+    texts lose words.
+    """
     random = torch.Generator().manual_seed(0)
-    inputs = data.database.inputs()
+    inputs = split.inputs()
     assert inputs.image is not None and inputs.text is not None
     spread = inputs.image.std(dim=0)
-    parts = []
-    with torch.no_grad():
-        for start in range(0, count, 4096):
-            rows = torch.randint(len(data.database), (min(4096, count - start),), generator=random)
-            image, text = inputs.image[rows], inputs.text[rows]
-            image = image + 0.5 * spread * torch.randn(image.shape, generator=random)
-            text = text * (torch.rand(text.shape, generator=random) < 0.7)  # words are lost
-            parts.append(pack(method.encode(Inputs(image, text), 128)["fused"].numpy()))
-    return np.concatenate(parts)
+    for start in range(0, count, 4096):
+        rows = torch.randint(len(split), (min(4096, count - start),), generator=random)
+        image, text = inputs.image[rows], inputs.text[rows]
+        image = image + 0.5 * spread * torch.randn(image.shape, generator=random)
+        text = text * (torch.rand(text.shape, generator=random) < 0.7)
+        yield Inputs(image, text), rows.numpy()
+
+
+STAGED, RANKED = 200_000, 50
+
+
+def bench_stages() -> list[dict[str, object]]:
+    """HQ's four searches among 200,000 items of the shipped set under noise: mAP@50/hits of the
+    test queries, seconds a query (one at a time, and all together), and bytes an item.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        method, data = trained_on_emoji(Path(folder), "hq", "epochs=20", "bits=[64,128]")
+        rows = []
+        noisy = list(under_noise(data.database, STAGED))
+        labels = data.database.labels[np.concatenate([numbers for _, numbers in noisy])]
+        with torch.no_grad():
+            asked = method.relax_lengths(data.query.inputs(), [64, 128])
+            parts = [method.relax_lengths(inputs, [64, 128]) for inputs, _ in noisy]
+            for bits in (64, 128):
+                for own, view in (("image", "text"), ("text", "image")):
+                    x = torch.cat([part[bits][view] for part in parts])
+                    centres = method.codebook(bits)
+                    assert centres is not None
+                    relevant = data.query.labels.astype(np.int64) @ labels.T > 0
+                    rows += stages(f"{own} to {view}, {bits} bits", asked[bits][own], x, centres,
+                                   relevant)  # fmt: skip
+    return rows
+
+
+def stages(
+    name: str, query: torch.Tensor, x: torch.Tensor, centres: torch.Tensor, relevant: np.ndarray
+) -> list[dict[str, object]]:
+    order, starts = scan.buckets(pack(x.numpy() >= 0))
+    x, relevant = x[order], relevant[:, order]
+    choices = codebooks.assign(x, centres)
+    small = choices.numpy().astype(np.uint8)
+    words = scan.to_words(pack(x.numpy() >= 0))
+    asked = scan.to_words(pack(query.numpy() >= 0))
+    bits = x.shape[1]
+    budget, _ = budget_of(asked, words, starts, bits)
+
+    def hashed(some: slice) -> np.ndarray:
+        return scan.exact(asked[some], words, bits, RANKED)[1]
+
+    def two_stage(some: slice) -> np.ndarray:
+        found = scan.by_prefix(asked[some], words, starts, bits, SHORTLIST, budget)[1]
+        scores = scan.by_centres(query[some].numpy(), centres.numpy(), small[found])
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :RANKED]
+        return np.take_along_axis(found, order, axis=1)
+
+    def quantised(some: slice) -> np.ndarray:
+        tables = codebooks.tables(query[some], centres)
+        return np.stack(
+            [codebooks.scores(table, choices).topk(RANKED).indices.numpy() for table in tables]
+        )
+
+    def lossless(some: slice) -> np.ndarray:
+        return (query[some] @ x.T).topk(RANKED).indices.numpy()
+
+    rows: list[dict[str, object]] = []
+    everything, count = slice(0, 64), 64
+    bytes_of = len(centres) * math.log2(centres.shape[1]) / 8
+    searches: dict[str, tuple[Callable[[slice], np.ndarray], float]] = {
+        "lossless": (lossless, 4.0 * bits),
+        "hash only": (hashed, bits / 8),
+        "quantised": (quantised, bytes_of),
+        "two-stage": (two_stage, bits / 8 + bytes_of),
+    }
+    for kind, (search, size) in searches.items():
+        blocks = [slice(i, i + 50) for i in range(0, len(query), 50)]
+        found = np.concatenate([search(block) for block in blocks])
+        hits = np.take_along_axis(relevant, found, axis=1)
+        precision = np.cumsum(hits, axis=1) / np.arange(1, RANKED + 1)
+        ap = (precision * hits).sum(axis=1) / np.maximum(hits.sum(axis=1), 1)
+        alone = median_seconds(lambda run=search: [run(slice(i, i + 1)) for i in range(16)], 3) / 16
+        together = median_seconds(lambda run=search: run(everything), 3) / count
+        rows.append(
+            {
+                "case": f"{kind}, {name}, {len(x):,} items",
+                f"mAP@{RANKED}/hits": float(ap.mean()),
+                "one_at_a_time_seconds": alone,
+                "together_seconds": together,
+                "bytes_an_item": size,
+                **({"compares": budget / len(x)} if kind == "two-stage" else {}),
+            }
+        )
+    for row in rows:
+        for way in ("one_at_a_time", "together"):
+            seconds, whole = row[f"{way}_seconds"], rows[0][f"{way}_seconds"]
+            row[f"{way}_to_lossless"] = seconds / whole  # type: ignore[operator]
+    return rows
 
 
 def scans(name: str, database: np.ndarray, query: np.ndarray) -> dict[str, object]:
@@ -383,29 +484,39 @@ def scans(name: str, database: np.ndarray, query: np.ndarray) -> dict[str, objec
     flat.add(database)
     flat.use_heap = False
     words, asked = scan.to_words(database), scan.to_words(query)
-    found, _ = scan.exact(asked, words, 128, NEAREST)
     times = {
         "faiss": median_seconds(lambda: flat.search(query, NEAREST), 3),
         "exact": median_seconds(lambda: scan.exact(asked, words, 128, NEAREST), 3),
     }
-    for budget in SHARES:
-
-        def by_prefix(limit: int = int(budget * len(database))) -> np.ndarray:
-            return scan.by_prefix(asked, words, starts, 128, NEAREST, limit)[0]
-
-        recall = float((by_prefix() <= found[:, -1:]).mean())
-        if recall >= RECALL:
-            break
-    times["prefix"] = median_seconds(by_prefix, 3)
+    limit, recall = budget_of(asked, words, starts, 128)
+    times["prefix"] = median_seconds(
+        lambda: scan.by_prefix(asked, words, starts, 128, NEAREST, limit), 3
+    )
     return {
         "case": f"{name} codes: {len(query):,} queries, {len(database):,} x 128 bits",
         **{f"{kind}_seconds": value for kind, value in times.items()},
         "exact_to_faiss": times["exact"] / times["faiss"],
         "exact_to_prefix": times["exact"] / times["prefix"],
-        "prefix_compares": budget,
+        "prefix_compares": limit / len(database),
         f"prefix_recall@{NEAREST}": recall,
         "cores": os.cpu_count(),
     }
+
+
+def budget_of(
+    asked: np.ndarray, words: np.ndarray, starts: np.ndarray, bits: int
+) -> tuple[int, float]:
+    """How many items a scan by prefix compares for the recall that an index wants, and what it
+    reaches.
+    """
+    farthest = scan.exact(asked, words, bits, NEAREST)[0][:, -1:]
+    for share in SHARES:
+        limit = math.ceil(share * len(words))
+        near = scan.by_prefix(asked, words, starts, bits, NEAREST, limit)[0]
+        recall = float((near <= farthest).mean())
+        if recall >= RECALL:
+            break
+    return limit, recall
 
 
 def write_index(folder: Path, packed: np.ndarray) -> None:
@@ -441,6 +552,7 @@ BENCHES: dict[str, Callable[[], list[dict[str, object]]]] = {
     "eval": bench_eval,
     "cache": bench_cache,
     "search": bench_search,
+    "stages": bench_stages,
 }
 
 

@@ -5,7 +5,7 @@
 #
 # RECIPE is a file in configs/ (vh_abl_clip, hiamh_clip, pghmh, cmcl ...); without one, every method
 # is trained. key=value goes to training. SEEDS="0 1 2" trains several seeds.
-# --demo takes the data set that is shipped with the project instead.
+# --demo takes the data set that is shipped with the project instead, and builds an index of it.
 # --protocol own trains each method on its own publication's split; common, on the same one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -72,3 +72,12 @@ for seed in ${SEEDS:-0}; do
     done
 done
 python -m vhabl.report "${folders[@]}" "${trained[@]}" --out "checkpoint/$data/report"
+
+# What was trained, to be used: an index of the shipped pairs. A selection of recipes may have none
+# that serves a text or an image alone; then there is no index.
+if [[ $data == emoji ]] && best=$(python scripts/best_run.py "${trained[@]}"); then
+    index=checkpoint/$data/index
+    rm -rf "$index" # it is made of a run, and made again
+    python -m vhabl.search build --quiet --checkpoint "$best" --out "$index"
+    echo "search it in a browser: .venv/bin/python -m vhabl.search serve $index"
+fi

@@ -103,5 +103,7 @@ def tables(query: Tensor, centres: Tensor) -> Tensor:
 
 
 def scores(table: Tensor, codes: Tensor) -> Tensor:
-    """Inner products [N] of a query with coded vectors, from its table [M, J] and codes [N, M]."""
-    return table.gather(1, codes.T).sum(dim=0)
+    """Inner products [..., N] of queries with coded vectors, from tables [..., M, J] and codes
+    [..., N, M].
+    """
+    return table.gather(-1, codes.mT).sum(dim=-2)

@@ -2,8 +2,8 @@
 
 `prefix` meets the items with the nearest first bits (`vhabl.search.scan`), `ivf` those of the
 nearest clusters, `hnsw` those that a graph of neighbours leads to (both FAISS), and `two-stage`
-ranks the nearest by what a codebook says of their features. Each has one setting, which is chosen
-on a sample when an index is built: the smallest that reaches the recall wanted.
+ranks the nearest, found by prefix, by what a codebook says of their features. Each has one setting,
+which is chosen on a sample when an index is built: the smallest that reaches the recall wanted.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 
-from vhabl import codebooks
 from vhabl.errors import brief, fail
 
 if TYPE_CHECKING:
@@ -88,15 +86,6 @@ def nearest(
     return np.where(row < 0, -1, np.take_along_axis(distance, order, axis=1)), row
 
 
-def by_centres(features: np.ndarray, centres: np.ndarray, choices: np.ndarray) -> np.ndarray:
-    """Inner products [Q, R] of features [Q, d] with what choices [Q, R, M] of centres [M, J, d]
-    stand for: the second stage of HQ.
-    """
-    tables = codebooks.tables(torch.from_numpy(features), torch.from_numpy(centres))
-    pairs = zip(tables, torch.from_numpy(choices.astype(np.int64)), strict=True)
-    return np.stack([codebooks.scores(table, some).numpy() for table, some in pairs])
-
-
 def measure(store: Store, features: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
     """What each mode finds in each view of a new index, on a sample of its items: `recall` as the
     index's description has it, {view: {mode: {setting, recall, at, queries}}}.
@@ -126,7 +115,8 @@ def measure(store: Store, features: dict[str, np.ndarray] | None = None) -> dict
         if features:
             top = min(TWO_STAGE_AT, segment.size)
             vectors = features[asking][items]
-            (_, _, hits), _ = store.two_stage(view, packed, vectors, top)
+            by_prefix = found[view]["prefix"]["setting"]
+            (_, _, hits), _ = store.two_stage(view, packed, vectors, top, by_prefix)
             shares = []
             for vector, own in zip(vectors, hits, strict=True):
                 scores = features[view] @ vector

@@ -76,7 +76,7 @@ def exact(
     table = weight_table(weights, len(mask))
     farthest = bits if weights is None else int(weights.sum())
     with one_at_a_time:
-        use_threads()
+        use_threads(len(query))
         return _exact(query, database, mask, k, some, table, farthest)
 
 
@@ -100,8 +100,31 @@ def by_prefix(
     some = _EVERY if allowed is None else allowed
     own = query[:, 0] & np.uint64(2**PREFIX - 1)  # the first bits of a word are its lowest
     with one_at_a_time:
-        use_threads()
+        use_threads(len(query))
         return _by_prefix(query, own, database, mask, starts, k, budget, some, _BY_ONES)
+
+
+def by_centres(features: np.ndarray, centres: np.ndarray, choices: np.ndarray) -> np.ndarray:
+    """Inner products [Q, R] of features [Q, d] with the sums of centres [M, J, d] that choices
+    [Q, R, M] name: the second stage of HQ. Of so few items no table of all centres is made.
+    """
+    with one_at_a_time:
+        use_threads(len(features))
+        return _by_centres(features, centres, choices)
+
+
+@njit(cache=True, parallel=True, nogil=True, fastmath=True)  # a sum in any order
+def _by_centres(features: np.ndarray, centres: np.ndarray, choices: np.ndarray) -> np.ndarray:
+    found = np.empty(choices.shape[:2], np.float32)
+    for q in prange(len(features)):
+        for r in range(choices.shape[1]):
+            total = np.float32(0)
+            for m in range(choices.shape[2]):
+                row = choices[q, r, m]
+                for i in range(features.shape[1]):
+                    total += features[q, i] * centres[m, row, i]
+            found[q, r] = total
+    return found
 
 
 @njit(cache=True, nogil=True)

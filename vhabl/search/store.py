@@ -251,7 +251,9 @@ class Store:
         scores: np.ndarray | None = None
         if mode == "two-stage":
             assert query.features is not None
-            found, scores = self.two_stage(view, query.packed, query.features, query.top, chosen)
+            found, scores = self.two_stage(
+                view, query.packed, query.features, query.top, self._setting(view, "prefix"), chosen
+            )
         else:
             setting = 1.0 if mode in ("exact", "weighted") else self._setting(view, mode)
             weights = None
@@ -290,18 +292,21 @@ class Store:
         packed: np.ndarray,
         features: np.ndarray,
         top: int,
+        by_prefix: float,
         chosen: Sequence[np.ndarray | None] | None = None,
     ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-        """The nearest by distance, ranked by the inner products of features [Q, bits] with the
-        centres of items: what `scan` gives, and the scores [Q, top].
+        """The nearest by distance, found by prefix at the setting `by_prefix`, and ranked by the
+        inner products of features [Q, bits] with the centres of items: what `scan` gives, and the
+        scores [Q, top].
         """
         assert self.centres is not None
-        found = self.scan(view, packed, self.bits, self.shortlist(top), chosen=chosen)
-        choices = np.zeros((*found[2].shape, len(self.centres)), np.int64)
+        shortlist = self.shortlist(top)
+        found = self.scan(view, packed, self.bits, shortlist, "prefix", by_prefix, chosen)
+        choices = np.zeros((*found[2].shape, len(self.centres)), np.uint16)
         for number, segment in enumerate(self.segments):
             here = (found[1] == number) & (found[2] >= 0)
             choices[here] = segment.choices[view][found[2][here]]
-        scores = approximate.by_centres(features, self.centres, choices)
+        scores = scan.by_centres(features, self.centres, choices)
         scores = np.where(found[2] < 0, -np.inf, scores)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
         distance, part, item = (np.take_along_axis(column, order, axis=1) for column in found)
