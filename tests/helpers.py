@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import scipy.io
 from PIL import Image
+from torch import Tensor, nn
 
 from vhabl.config import CONFIG_DIR, Config, load
 
@@ -48,6 +49,25 @@ TINY_TOWERS = {  # a vision transformer; configs/clip/tiny.json has a ResNet
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
 }
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "white": (250,) * 3}
+
+
+CNN = ["encoder.name=cnn", "encoder.model=alexnet", "encoder.weights=", "data.min_count=1"]
+
+
+class TinyAlexNet(nn.Module):
+    """Made as torchvision's AlexNet is, for the same pictures; see the fixture `tiny_alexnet`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 32, 32), nn.ReLU(inplace=True))
+        self.avgpool = nn.AdaptiveAvgPool2d(3)
+        self.classifier = nn.Sequential(
+            nn.Dropout(), nn.Linear(36, 8), nn.ReLU(inplace=True),
+            nn.Dropout(), nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 3),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
 def write_pair_folder(folder: Path, items: int = 60, side: int = 40) -> Path:

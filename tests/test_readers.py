@@ -26,11 +26,11 @@ from PIL import Image
 from vhabl.data import __main__ as data_command
 from vhabl.data import load, validation_split, without
 from vhabl.data.features import load_features
-from vhabl.data.pairs import draw, read_pairs, to_features, words
+from vhabl.data.pairs import draw, read_pairs, to_splits, words
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
 from vhabl.matfile import is_hdf5, read_mat
-from vhabl.settings import DataConfig
+from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.types import Split
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -612,7 +612,7 @@ def pairs_config(**changes: Any) -> DataConfig:
 
 
 def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
-    return to_features(read_pairs(path, config), config)[:3]
+    return to_splits(read_pairs(path, config), config, EncoderConfig()).splits
 
 
 def by_id(splits: tuple[Split, ...], name: str) -> dict[str, list[float]]:

@@ -25,8 +25,7 @@ from PIL import Image
 
 from vhabl import codes as code_files
 from vhabl import errors, openclip, runs
-from vhabl.data.images import ImageFiles
-from vhabl.data.pairs import bag_of_words, describe_images
+from vhabl.data.pairs import bag_of_words, describe_images, pictures
 from vhabl.data.table import read_items
 from vhabl.errors import fail, note, plural
 from vhabl.evaluator import encode
@@ -115,15 +114,14 @@ class Model:
             return np.zeros((0, self.method.spec.image_dim), np.float32)
         if encoder.name == "features":
             return describe_images(files)
-        side = encoder.resize or openclip.picture_size(encoder.model)
-        return Rows(ImageFiles(files, side, encoder.squeeze, config.workers), np.arange(len(files)))
+        return Rows(pictures(files, config, encoder), np.arange(len(files)))
 
     def _text(self, texts: Texts) -> np.ndarray:
         config, encoder = self.run.config.data, self.run.config.encoder
         if config.kind == "features":
             return _features("texts", texts, self.method.spec.text_dim)
         _refuse_features("texts", texts)
-        if encoder.name == "features":
+        if encoder.name != "clip":
             return bag_of_words(list(texts), self.method.spec.vocabulary)
         tokens, too_long = openclip.tokenise(list(texts), encoder.words)
         if too_long:

@@ -18,7 +18,7 @@ class Inputs:
 
     image: features [B, d_image] float32, or pixels [B, 3, S, S] uint8
     text:  features [B, d_text] float32, or token ids [B, L] int64 with zeros after the last one
-    None stands for a modality that the items do not have. What a frozen tower made of pixels or
+    None stands for a modality that the items do not have. What a frozen network made of pixels or
     tokens takes their place, float of any shape [B, ...].
     """
 

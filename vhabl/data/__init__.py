@@ -9,7 +9,7 @@ import numpy as np
 
 from vhabl.data.features import load_features
 from vhabl.data.images import ImageFiles, rows_in_order
-from vhabl.data.pairs import Pairs, read_pairs, to_features, to_pixels_and_tokens
+from vhabl.data.pairs import Pairs, read_pairs, to_splits
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError, fail, plural
 from vhabl.files import locate
@@ -28,14 +28,14 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
     path = locate(config.path)
     if not path.exists():
         raise VhablError(missing_message(config))
-    towers = encoder is not None and encoder.name == "clip"
+    encoder = encoder or EncoderConfig()
     class_names, notes = config.class_names, list[str]()
     vocabulary: tuple[str, ...] = ()
     if config.kind == "features":
-        if towers:
+        if encoder.name != "features":
             fail(
                 "key encoder.name",
-                f"'clip' with a file of features ({config.path})",
+                f"{encoder.name!r} with a file of features ({config.path})",
                 "'features', or a data set of images and captions",
             )
         train, database, query = load_features(path, config)
@@ -45,11 +45,9 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
             fail("key data.class_names", found, f"{classes}, as labels have columns")
     else:
         pairs = items(config)
-        class_names = pairs.class_names
-        if encoder is not None and towers:
-            train, database, query, notes = to_pixels_and_tokens(pairs, config, encoder)
-        else:
-            train, database, query, vocabulary = to_features(pairs, config)
+        drawn = to_splits(pairs, config, encoder)
+        train, database, query = drawn.splits
+        class_names, vocabulary, notes = pairs.class_names, drawn.vocabulary, drawn.notes
     notes += [
         f"{role}: {plural(count, 'item')} without a label"
         for role, split in (("train", train), ("database", database), ("query", query))
