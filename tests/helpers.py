@@ -95,6 +95,28 @@ def write_pair_folder(folder: Path, items: int = 60, side: int = 40) -> Path:
     return folder
 
 
+def picture_arrays(train: int = 24, vali: int = 5, test: int = 7) -> dict[str, np.ndarray]:
+    """Arrays of HQ's layout by file name: noisy pictures of three colours, words and labels."""
+    rng, arrays = np.random.default_rng(0), {}
+    for role, items in (("train", train), ("vali", vali), ("test", test)):
+        classes = rng.integers(3, size=items)
+        pictures = rng.integers(40, size=(items, 10, 14, 3), dtype=np.uint8)
+        pictures[np.arange(items), :, :, classes] += 200
+        arrays[f"{role}_image"] = pictures
+        arrays[f"{role}_text"] = (rng.random((items, 9)) < 0.4).astype(np.float64)
+        labels = np.eye(3, dtype=np.int64)[classes]
+        for name in ("train_image", "train_text") if role == "train" else (role,):
+            arrays[f"{name}_label"] = labels.copy()
+    return arrays
+
+
+def write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values, allow_pickle=True)
+    return folder
+
+
 def cells(values: list[Any]) -> np.ndarray:
     """A column of MATLAB cells."""
     column = np.empty((len(values), 1), dtype=object)
@@ -119,6 +141,11 @@ def pair_overrides(folder: Path) -> list[str]:
         f"encoder.model={towers}", "encoder.weights=", "encoder.words=12", "encoder.resize=0",
         "encoder.augment=false",
     ]  # fmt: skip
+
+
+def array_config(folder: Path, *overrides: str) -> Config:
+    """HQ on a tiny network and on arrays that `write_arrays` wrote."""
+    return pair_config(folder, "hq", "data.kind=npy", "data.class_names=[]", *CNN, *overrides)
 
 
 def small_config(path: Path, method: str = "vh_abl", *overrides: str) -> Config:

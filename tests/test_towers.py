@@ -19,9 +19,12 @@ from helpers import (
     COLOURS,
     TINY_TOWERS,
     TinyAlexNet,
+    array_config,
     cells,
     pair_config,
+    picture_arrays,
     small_config,
+    write_arrays,
     write_pair_folder,
 )
 from PIL import Image
@@ -1096,3 +1099,28 @@ def test_a_network_sees_the_words_that_descriptors_go_with(
     train.train(config, data, progress_bar=False)
     said = page.describe_inputs(runs.load(Path("run")))
     assert said == f"pictures of side 224 and {len(data.vocabulary):,} words"
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_cache_follows_pictures_in_arrays(
+    held: bool,
+    tmp_path: Path,
+    tiny_alexnet: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 2**28 if held else 0)
+    arrays = picture_arrays()
+    config = array_config(write_arrays(tmp_path / "arrays", arrays), "encoder.tune=frozen")
+    torch.manual_seed(0)
+    encoder = build_method(config, load_data(config.data, config.encoder).spec).encoder.eval()
+    said = []
+    for change in ("", "train_text", "vali_image"):
+        if change:
+            arrays[change].reshape(len(arrays[change]), -1)[1, :5] += 1
+            write_arrays(tmp_path / "arrays", arrays)
+        data = load_data(config.data, config.encoder)
+        kept = frozen_outputs(encoder, data, config.encoder)
+        assert torch.equal(kept.query.inputs().image, encoder.frozen(data.query.inputs()).image)
+        said.append(capsys.readouterr().err)
+    assert said[:2] == ["", ""] and "made with other images: made anew" in said[2]

@@ -94,15 +94,12 @@ def _made_with(encoder: PixelEncoder, stores: dict[str, Store]) -> dict[str, str
 
 
 def _digest_of_store(store: Store) -> str:
-    """Of the content in memory; of the names, sizes and times of files."""
-    digest = blake2b(digest_size=16)
+    """Of the content in memory; of the state of files."""
     if isinstance(store, ImageFiles):
-        for file in (Path(str(name)) for name in store.files):
-            status = file.stat() if file.exists() else None  # a missing one is said when read
-            digest.update(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n".encode())
+        content = store.state()
     else:
-        digest.update(np.ascontiguousarray(store[:]).tobytes())
-    return digest.hexdigest()
+        content = np.ascontiguousarray(store[:]).tobytes()
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 # -- the file --------------------------------------------------------------------------------------

@@ -406,7 +406,7 @@ def _check_bits(lengths: list[int]) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    kinds = ("features", "pairs", "table")
+    kinds = ("features", "pairs", "table", "npy")
     _require(data.kind in kinds, "data.kind", data.kind, " | ".join(kinds))
     _require(data.separator != "", "data.separator", "''", "a text")
     scales = ("standard", "global", "none")

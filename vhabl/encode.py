@@ -56,7 +56,7 @@ class Model:
 
     def encode(
         self,
-        images: Images | None = None,
+        images: Images | Rows | None = None,
         texts: Texts | None = None,
         bits: int | None = None,
         progress_bar: bool = False,
@@ -64,10 +64,11 @@ class Model:
         """Codes of each view, int8 [N, bits] of -1 and +1: {"fused": ...} or {"image": ..., "text":
         ...} with what was given.
 
-        images: files or pictures, texts: strings; for a model of feature files both are features
-        [N, d]. A fused method takes them as pairs. bits: the longest length by default. Raises
-        VhablError for a picture that cannot be read, for a length or a modality that the model does
-        not serve, and for numbers of images and texts that do not pair.
+        images: files or pictures, or the pixels of a data set; texts: strings. For a model of
+        features both are features [N, d]; for one of pictures in arrays its texts are. A fused
+        method takes them as pairs. bits: the longest length by default. Raises VhablError for a
+        picture that cannot be read, for a length or a modality that the model does not serve, and
+        for numbers of images and texts that do not pair.
         """
         if images is None and texts is None:
             fail("images and texts", "neither", "one of them, or both")
@@ -104,9 +105,11 @@ class Model:
         split = Split(np.arange(count), image, text, np.zeros((count, 0), np.uint8))
         return encode(self.method, split, [bits], only, progress_bar)[bits]
 
-    def _image(self, images: Images) -> np.ndarray | Rows:
+    def _image(self, images: Images | Rows) -> np.ndarray | Rows:
         config, encoder = self.run.config.data, self.run.config.encoder
-        if config.kind == "features":
+        if isinstance(images, Rows):
+            return images
+        if not config.has_files and encoder.name == "features":
             return _features("images", images, self.method.spec.image_dim)
         _refuse_features("images", images)
         files = [Path(i) if isinstance(i, str) else i for i in images]
@@ -118,7 +121,7 @@ class Model:
 
     def _text(self, texts: Texts) -> np.ndarray:
         config, encoder = self.run.config.data, self.run.config.encoder
-        if config.kind == "features":
+        if not config.has_files:
             return _features("texts", texts, self.method.spec.text_dim)
         _refuse_features("texts", texts)
         if encoder.name != "clip":
@@ -140,7 +143,7 @@ def _features(what: str, given: Any, width: int) -> np.ndarray:
         features = np.zeros(0, np.float32)
     if features.ndim != 2 or features.shape[1] != width or not np.isfinite(features).all():
         fail(what, f"{type(given).__name__} of shape {np.shape(features)}",
-             f"finite features [N, {width}]: the model was trained on feature files")  # fmt: skip
+             f"finite features [N, {width}]: the model was trained on features")  # fmt: skip
     return features
 
 

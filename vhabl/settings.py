@@ -20,9 +20,10 @@ class DataConfig:
     name: str = key("name of the data set, used in paths and tables")
     kind: str = key(
         "features (one .mat with I_tr ... L_te) | pairs (caption, index, label .mat) | "
-        "table (.csv, .tsv, .jsonl or .parquet with image, caption and labels)"
+        "table (.csv, .tsv, .jsonl or .parquet with image, caption and labels) | "
+        "npy (arrays of images, texts and labels, as HQ has them)"
     )
-    path: str = key("the feature file, the folder of the pair files, or the table")
+    path: str = key("the feature file, the folder of the pair or array files, or the table")
     scale: str = key(
         "scaling measured on the training items: standard (each feature) | "
         "global (one factor a modality) | none",
@@ -42,6 +43,11 @@ class DataConfig:
     workers: int = key("pairs, table: processes that decode images where they are many", 2)
     class_names: list[str] = key("names of the classes, in label order", [])
     source: str = key("where the files come from; said when they are missing", "")
+
+    @property
+    def has_files(self) -> bool:
+        """Whether items are image files and captions; else they are rows of arrays."""
+        return self.kind in ("pairs", "table")
 
 
 @dataclass(frozen=True)

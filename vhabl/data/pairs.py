@@ -97,7 +97,7 @@ def draw(items: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Roles:
     """Training items, database and queries as an encoder takes them."""
 
     splits: tuple[Split, Split, Split]
@@ -105,7 +105,7 @@ class Drawn:
     notes: list[str]
 
 
-def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Drawn:
+def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Roles:
     """Draw training items, database and queries: images as pixels or descriptors, captions as
     tokens or a bag of the words that the training captions have.
 
@@ -128,7 +128,7 @@ def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Drawn
         text = bag_of_words(pairs.captions, vocabulary)
     everything = Split(ids, image, text, pairs.labels)
     train, database, query = (everything.take(some) for some in rows)
-    return Drawn((train, database, query), tuple(vocabulary), notes)
+    return Roles((train, database, query), tuple(vocabulary), notes)
 
 
 def describe_images(files: Sequence[Path | Image.Image]) -> np.ndarray:
@@ -142,8 +142,13 @@ def pictures(
     files: Sequence[Path | Image.Image], config: DataConfig, encoder: EncoderConfig
 ) -> ImageFiles:
     """Images as the pixels that an encoder takes, read when they are indexed."""
+    return ImageFiles(files, picture_side(encoder), encoder.squeeze, config.workers)
+
+
+def picture_side(encoder: EncoderConfig) -> int:
+    """Side of the pictures that an encoder of pixels is given."""
     size = cnn.SIDE if encoder.name == "cnn" else openclip.picture_size(encoder.model)
-    return ImageFiles(files, encoder.resize or size, encoder.squeeze, config.workers)
+    return encoder.resize or size
 
 
 def _tokens(pairs: Pairs, encoder: EncoderConfig) -> tuple[Rows, list[str]]:

@@ -287,14 +287,14 @@ def _items_of(config: DataConfig, model: Model) -> tuple[dict[str, Any], store.I
     """What the model takes of all items of a data set, what the index keeps of them, and the names
     of the classes.
     """
-    if config.kind != "features":
+    if config.has_files:
         pairs = read_items(config, unlabelled=True)
         names = _named(pairs.class_names, pairs.labels)
         kept = store.Items(
             pairs.ids, pairs.captions, [str(file.resolve()) for file in pairs.files], pairs.labels
         )
         return {"images": pairs.files, "texts": pairs.captions}, kept, names
-    data = load_data(config)
+    data = load_data(config, model.run.config.encoder)
     found = data.database
     names = _named(data.class_names, found.labels)
     ids = [f"item {number + 1}" for number in range(len(found))]
