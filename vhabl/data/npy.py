@@ -32,6 +32,7 @@ ROLES = ("train", "vali", "test")
 IMAGES, TEXTS = (tuple(f"{role}_{part}" for role in ROLES) for part in ("image", "text"))
 LABELS = ("train_image_label", "train_text_label", "vali_label", "test_label")
 NAMES = (*IMAGES, *TEXTS, *LABELS)
+CHUNK = 256  # pictures that are described at once
 
 
 def load_arrays(path: Path, config: DataConfig, encoder: EncoderConfig) -> Roles:
@@ -97,17 +98,13 @@ def _joined(path: Path, parts: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _open(file: Path) -> np.ndarray:
-    """An array as a memory map. Python objects are not read: they could run code."""
+    """An array as a memory map, which holds no Python objects: reading them could run code."""
     if not file.is_file():
         fail(file, "no such file", "HQ's layout: " + ", ".join(f"{name}.npy" for name in NAMES))
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # damaged bytes raise many types
         fail(file, f"a damaged or foreign file ({brief(error)})", "an array of numbers (.npy)")
-    if not isinstance(array, np.memmap):  # an archive of several
-        array.close()
-        fail(file, f"a {type(array).__name__}", "an array of numbers (.npy)")
-    return array
 
 
 def _check_images(file: Path, values: np.ndarray) -> None:
@@ -121,8 +118,8 @@ def _check_images(file: Path, values: np.ndarray) -> None:
 
 
 def _described(pictures: Pictures) -> np.ndarray:
-    """Descriptors, of a few pictures at a time."""
-    chunks = rows_in_order(len(pictures), 256)
+    """Descriptors of all pictures."""
+    chunks = rows_in_order(len(pictures), CHUNK)
     return np.concatenate([describe_images([pictures[row] for row in rows]) for rows in chunks])
 
 
