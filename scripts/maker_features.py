@@ -11,7 +11,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -19,16 +19,16 @@ import makers
 import numpy as np
 import torch
 from makers import Made
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from vhabl import openclip
+from vhabl import cnn, openclip
 from vhabl.config import CONFIG_DIR, load_data_config
 from vhabl.data.images import ImageFiles, open_image, read
 from vhabl.data.pairs import draw, words
 from vhabl.encoders import ClipEncoder
-from vhabl.errors import brief, fail, note, plural
-from vhabl.files import atomic_path, locate, write_text
+from vhabl.errors import fail, note, plural
+from vhabl.files import atomic_path, write_text
 from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.trainer import pick_device
 from vhabl.types import Inputs, Rows, Split
@@ -39,9 +39,8 @@ USED_BY = {  # the kinds of features that an option is for
     "weights": BOTH, "device": BOTH, "query": BOTH, "train": BOTH,
     "network": ("cnn",), "model": ("clip",),
 }  # fmt: skip
-NETWORKS = ("vgg16", "alexnet")
-SHORT_SIDE, SIDE = 256, 224  # of pictures, as torchvision evaluates networks on ImageNet
-MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NETWORK = "vgg16"  # where no other is named
+SHORT_SIDE = 256  # of pictures before they are cut, as torchvision evaluates networks
 # What MATLAB writes in front of the HDF5 content: text, no offset, version and byte order.
 TEXT = b"MATLAB 7.3 MAT-file, features of image-text pairs"
 HEADER = (TEXT.ljust(116) + bytes(8) + b"\x00\x02IM").ljust(512, b"\0")
@@ -92,7 +91,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file, or a name to be downloaded; default: those of torchvision (cnn), "
         f"{EncoderConfig.weights} (clip)",
     )
-    group.add_argument("--network", choices=NETWORKS, help="of cnn; default: vgg16")
+    group.add_argument("--network", choices=cnn.NETWORKS, help=f"of cnn; default: {NETWORK}")
     group.add_argument(
         "--model",
         help="of clip: a name of open_clip's, or a JSON file that describes towers; "
@@ -250,11 +249,11 @@ class Cnn:
     batch = 32  # the first layers of VGG need 25 MB for each picture
 
     def __init__(self, options: argparse.Namespace) -> None:
-        openclip.mend_torchvision()  # before anything here imports from it
-        network = build_network(options.network or NETWORKS[0], options.weights)
+        weights = options.weights or "DEFAULT"  # the newest
+        network = cnn.build_network(options.network or NETWORK, weights, "--weights ")
         self.network = network.to(options.device).eval()
         self.device = options.device
-        mean, spread = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, SPREAD))
+        mean, spread = (torch.tensor(x).view(3, 1, 1) for x in (cnn.MEAN, cnn.SPREAD))
         self.mean, self.spread = mean.to(self.device), spread.to(self.device)
 
     def prepare(self, made: Made, train: np.ndarray, config: DataConfig) -> None:
@@ -265,7 +264,7 @@ class Cnn:
         self.column = {word: column for column, word in enumerate(self.vocabulary)}
 
     def pictures(self, files: list[Path]) -> ImageFiles:
-        return ImageNetFiles(files, SIDE, False, self.workers)
+        return ImageNetFiles(files, cnn.SIDE, False, self.workers)
 
     def image(self, pixels: Tensor) -> np.ndarray:
         x = pixels.to(self.device).float() / 255
@@ -313,87 +312,6 @@ def frequent_words(captions: Iterable[list[str]], min_count: int) -> list[str]:
             "more training items (--train)",
         )
     return result
-
-
-def build_network(name: str, weights: str | None) -> nn.Module:
-    """A network of torchvision that ends with its second fully connected layer, after the ReLU.
-
-    weights: a file, or the name of weights that torchvision downloads, its newest where there is
-    none. Raises VhablError where they are missing, damaged or of another network.
-    """
-    from torchvision import models
-
-    known = models.get_model_weights(name)
-    path = locate(weights or "")
-    if path.is_file():
-        state, where = read_state(path), str(path)
-    elif weights is None or weights in known.__members__:
-        entry = known[weights or "DEFAULT"]
-        state, where = download(entry), f"weights {entry.name}"
-    else:
-        fail(
-            f"--weights {weights}",
-            "no such file",
-            f"a file, or one of {', '.join(known.__members__)}",
-        )
-    network: Any = models.get_model(name, weights=None)
-    check_state(network, state, where, name)
-    network.load_state_dict(state)
-    del network.classifier[-1]  # the dropout that may now be last does nothing in evaluation
-    return network
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. Raises VhablError where the file holds something else."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise many types
-        fail(
-            path,
-            f"a damaged or foreign file ({brief(error)})",
-            "a state dict (.pth) or .safetensors",
-        )
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        fail(path, "something else than tensors by name", "a state dict")
-    return state
-
-
-def download(entry: Any) -> dict[str, Tensor]:
-    """Weights of torchvision's, from its server or from where an earlier download was kept."""
-    file = PurePosixPath(entry.url).name
-    try:
-        state: dict[str, Tensor] = entry.get_state_dict(
-            model_dir=openclip.WEIGHTS_FOLDER, check_hash=True, map_location="cpu",
-            weights_only=True,
-        )  # fmt: skip
-    except Exception as error:  # whatever a network raises
-        fail(
-            f"weights {entry.name}",
-            f"no whole file at {entry.url} ({brief(error)})",
-            f"a network, or that file brought here: --weights {file}",
-        )
-    return state
-
-
-def check_state(network: nn.Module, state: dict[str, Tensor], where: str, name: str) -> None:
-    """Raise VhablError, naming a tensor, unless the weights are the network's and finite."""
-    expected, wanted = network.state_dict(), f"the weights of {name}"
-    for key, tensor in expected.items():
-        if key not in state:
-            fail(where, f"no {key}", wanted)
-        if state[key].shape != tensor.shape:
-            shapes = [tuple(t.shape) for t in (state[key], tensor)]
-            fail(where, f"{key} of shape {shapes[0]}", f"{shapes[1]}, as {name} has")
-        if not torch.isfinite(state[key]).all():
-            fail(where, f"values in {key} that are not finite", "finite weights")
-    for key in state:
-        if key not in expected:
-            fail(where, f"an unknown {key}", wanted)
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
 
     ((run, data, codes),) = runs.encoded([runs.load(given.checkpoint)], [given.bits], [])
-    if run.config.data.kind == "features":
+    if not run.config.data.has_files:
         errors.fail(given.checkpoint, f"data of kind {run.config.data.kind}", "image-text pairs")
     gallery = Gallery(run.config.data, data)
     task, found = next(iter(codes[given.bits].items()))  # i2t of a cross-modal run

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_feature_file
+from helpers import TinyAlexNet, write_feature_file
+
+from vhabl import openclip
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +21,15 @@ def _inside_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def feature_file(tmp_path: Path) -> Path:
     return write_feature_file(tmp_path / "features.mat")
+
+
+@pytest.fixture
+def tiny_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few weights in place of AlexNet's 61 million."""
+    openclip.mend_torchvision()
+    from torchvision import models
+
+    monkeypatch.setattr(models, "get_model", lambda name, weights: TinyAlexNet())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

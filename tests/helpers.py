@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import scipy.io
 from PIL import Image
+from torch import Tensor, nn
 
 from vhabl.config import CONFIG_DIR, Config, load
 
@@ -50,6 +51,25 @@ TINY_TOWERS = {  # a vision transformer; configs/clip/tiny.json has a ResNet
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "white": (250,) * 3}
 
 
+CNN = ["encoder.name=cnn", "encoder.model=alexnet", "encoder.weights=", "data.min_count=1"]
+
+
+class TinyAlexNet(nn.Module):
+    """Made as torchvision's AlexNet is, for the same pictures; see the fixture `tiny_alexnet`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 32, 32), nn.ReLU(inplace=True))
+        self.avgpool = nn.AdaptiveAvgPool2d(3)
+        self.classifier = nn.Sequential(
+            nn.Dropout(), nn.Linear(36, 8), nn.ReLU(inplace=True),
+            nn.Dropout(), nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 3),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
 def write_pair_folder(folder: Path, items: int = 60, side: int = 40) -> Path:
     """Pairs in the raw layout whose classes are colours: pictures, captions and labels agree. Some
     items have several captions, one has an empty one.
@@ -72,6 +92,28 @@ def write_pair_folder(folder: Path, items: int = 60, side: int = 40) -> Path:
         ("label", np.eye(len(names), dtype=np.uint8)[labels]),
     ):
         scipy.io.savemat(folder / f"{name}.mat", {name: values})
+    return folder
+
+
+def picture_arrays(train: int = 24, vali: int = 5, test: int = 7) -> dict[str, np.ndarray]:
+    """Arrays of HQ's layout by file name: noisy pictures of three colours, words and labels."""
+    rng, arrays = np.random.default_rng(0), {}
+    for role, items in (("train", train), ("vali", vali), ("test", test)):
+        classes = rng.integers(3, size=items)
+        pictures = rng.integers(40, size=(items, 10, 14, 3), dtype=np.uint8)
+        pictures[np.arange(items), :, :, classes] += 200
+        arrays[f"{role}_image"] = pictures
+        arrays[f"{role}_text"] = (rng.random((items, 9)) < 0.4).astype(np.float64)
+        labels = np.eye(3, dtype=np.int64)[classes]
+        for name in ("train_image", "train_text") if role == "train" else (role,):
+            arrays[f"{name}_label"] = labels.copy()
+    return arrays
+
+
+def write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values, allow_pickle=True)
     return folder
 
 
@@ -99,6 +141,11 @@ def pair_overrides(folder: Path) -> list[str]:
         f"encoder.model={towers}", "encoder.weights=", "encoder.words=12", "encoder.resize=0",
         "encoder.augment=false",
     ]  # fmt: skip
+
+
+def array_config(folder: Path, *overrides: str) -> Config:
+    """HQ on a tiny network and on arrays that `write_arrays` wrote."""
+    return pair_config(folder, "hq", "data.kind=npy", "data.class_names=[]", *CNN, *overrides)
 
 
 def small_config(path: Path, method: str = "vh_abl", *overrides: str) -> Config:

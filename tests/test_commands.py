@@ -334,6 +334,7 @@ def test_a_publications_own_split_is_chosen_by_the_recipe(command) -> None:
         (RECIPE, "common", "dataset/flickr25k:"),
         (RECIPE.replace("vh_abl", "pghmh"), "own", "dataset/flickr25k_all"),
         (RECIPE.replace("vh_abl", "cmcl"), "own", "dataset/flickr25k:"),
+        (RECIPE.replace("vh_abl", "hq_alexnet"), "own", "dataset/mirflickr_hq"),
     ):
         code, _, err = command(
             train.main, "--config", recipe, "data=mirflickr", f"protocol={protocol}"

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import pair_config, small_config, write_pair_folder
+from helpers import (
+    CNN,
+    array_config,
+    pair_config,
+    picture_arrays,
+    small_config,
+    write_arrays,
+    write_pair_folder,
+)
 from PIL import Image
 
 import vhabl
@@ -20,6 +28,8 @@ from vhabl.data import load as load_data
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks, with_one_modality
 from vhabl.metrics import evaluate
+from vhabl.report.gallery import Gallery
+from vhabl.search import Index
 
 
 @pytest.fixture
@@ -37,14 +47,15 @@ def trained(config: Config) -> list[Path]:
     [
         ("pghmh", ["encoder.tune=1"]),
         ("cmcl", ["encoder.tune=frozen", "encoder.cache_precision=float32"]),
+        ("hq", [*CNN, "encoder.tune=all", "encoder.resize=230", "encoder.squeeze=true"]),
         ("vh_abl", ["model.net.modality_dropout=0.2", "encoder.resize=36", "encoder.squeeze=true"]),
         ("nested_mlp", ["encoder.name=features", "model.modality_dropout=0.2", "data.min_count=1"]),
     ],
 )
 def test_raw_items_get_the_codes_of_an_evaluation(
-    method: str, overrides: list[str], folder: Path
+    method: str, overrides: list[str], folder: Path, tiny_alexnet: None
 ) -> None:
-    """Of pixels and tokens, or of descriptors and words: the same codes as from the data set."""
+    """Of pixels or descriptors, of tokens or words: the same codes as from the data set."""
     config = pair_config(folder, method, "out=run", "validation.fraction=0", *overrides)
     trained(config)
     data = load_data(config.data, config.encoder)
@@ -58,12 +69,12 @@ def test_raw_items_get_the_codes_of_an_evaluation(
     )
     texts = [captions[str(i)] for i in data.query.ids]
     model = vhabl.load("run")
-    if config.encoder.name == "clip":  # the same pixels, which such small models may not show
+    if config.encoder.name != "features":  # the same pixels, which such small models may not show
         kept = config.encoder
         seen = model._image(names)[np.arange(len(names))]
         assert np.array_equal(seen, data.query.image[np.arange(len(names))])
         assert seen.shape[-1] == (kept.resize or 32)
-    if method == "cmcl":
+    if model.method.task == "cross":
         images = model.encode(images=names, bits=8)
         both = model.encode(images=names, texts=texts[:3], bits=8)
         assert set(images) == {"image"} and np.array_equal(images["image"], found["i2t"].query)
@@ -100,6 +111,53 @@ def test_features_are_encoded_as_arrays(feature_file: Path) -> None:
             VhablError, match=r"images: found .* expected finite features \[N, 12\]"
         ):
             model.encode(images=wrong)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_model_of_pictures_in_arrays_encodes_files_and_arrays(
+    held: bool, tmp_path: Path, tiny_alexnet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on a network, from memory or from memory maps; its texts are features."""
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 2**28 if held else 0)
+    folder = write_arrays(tmp_path / "arrays", picture_arrays())
+    config = array_config(folder, "out=run", "validation.fraction=0", "encoder.tune=2")
+    written = trained(config)
+    assert Path("run/split.json") not in written  # arrays come with their split
+    data = load_data(config.data, config.encoder)
+    model = vhabl.load("run")
+    found = code_tasks(model.method, data, [8])[8]
+    ((_, _, again),) = runs.encoded([model.run], [8], [])
+    assert (again[8]["i2t"].query != found["i2t"].query).mean() < 0.02  # kept as float16
+    pictures = [Image.fromarray(x) for x in picture_arrays()["test_image"]]
+    for images in (pictures, data.query.image):
+        codes_of = model.encode(images=images, texts=picture_arrays()["test_text"], bits=8)
+        assert np.array_equal(codes_of["image"], found["i2t"].query)
+        assert np.array_equal(codes_of["text"], found["t2i"].query)
+    with pytest.raises(VhablError, match=r"texts: found list .* expected finite features \[N, 9\]"):
+        model.encode(texts=["a red car"])
+    assert Gallery(config.data, data).item(0, data.query.labels[0], "query 1").caption == "query 1"
+    index = Index.build("index", "run", bits=8)
+    pictures[0].save("query.png")
+    (hit,) = index.search(image="query.png", top=1)
+    distances = (found["i2t"].query[:1] != found["i2t"].database).sum(axis=1)
+    assert hit.distance == distances.min()
+    assert index.store.segments[0].size == len(data.database)
+
+
+def test_a_model_of_features_in_arrays_encodes_arrays(tmp_path: Path) -> None:
+    arrays = picture_arrays()
+    for role in ("train", "vali", "test"):
+        arrays[f"{role}_image"] = arrays[f"{role}_image"].mean(axis=(1, 2))
+    folder = write_arrays(tmp_path / "arrays", arrays)
+    trained(array_config(folder, "out=run", "validation.fraction=0", "encoder.name=features"))
+    model = vhabl.load("run")
+    data = load_data(model.run.config.data, model.run.config.encoder)
+    found = model.encode(images=arrays["test_image"], texts=arrays["test_text"], bits=8)
+    expected = code_tasks(model.method, data, [8])[8]
+    assert np.array_equal(found["image"], expected["i2t"].query)
+    assert np.array_equal(found["text"], expected["t2i"].query)
+    with pytest.raises(VhablError, match=r"images: found list .* finite features \[N, 3\]"):
+        model.encode(images=["a.jpg"])
 
 
 @pytest.fixture

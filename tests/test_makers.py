@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from helpers import SHARED, TINY_TOWERS
+from helpers import SHARED, TINY_TOWERS, TinyAlexNet
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from vhabl import openclip
+from vhabl import cnn, openclip
 from vhabl.data.features import load_features
 from vhabl.data.images import open_image, to_pixels
 from vhabl.data.pairs import Pairs, read_pairs
@@ -868,7 +868,8 @@ class TinyNet(nn.Sequential):
 @pytest.fixture
 def net(monkeypatch: pytest.MonkeyPatch) -> TinyNet:
     result = TinyNet()
-    monkeypatch.setattr(maker_features, "build_network", lambda name, weights: result)
+    openclip.mend_torchvision()
+    monkeypatch.setattr(cnn, "build_network", lambda name, weights, option: result)
     return result
 
 
@@ -1130,25 +1131,9 @@ def test_features_of_clip_refuse_bad_weights(tmp_path: Path) -> None:
 # The weights of networks
 
 
-class TinyAlexNet(nn.Module):
-    """Ends as a network of torchvision does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Conv2d(3, 4, 32, 32)
-        self.classifier = nn.Sequential(nn.Linear(196, 6), nn.ReLU(), nn.Linear(6, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(x).flatten(1))
-
-
 @pytest.fixture
-def state(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def state(tiny_alexnet: None) -> dict[str, torch.Tensor]:
     """Weights of the tiny network, which takes the place of torchvision's."""
-    openclip.mend_torchvision()
-    from torchvision import models
-
-    monkeypatch.setattr(models, "get_model", lambda name, weights: TinyAlexNet())
     torch.manual_seed(7)
     return TinyAlexNet().state_dict()
 
@@ -1171,9 +1156,8 @@ def test_features_of_cnn_read_weights_from_a_file(
     whole = TinyAlexNet()
     whole.load_state_dict(state)
     files = read_back(tmp_path / "made").files
-    expected = by_torchvision(
-        files, nn.Sequential(whole.features, nn.Flatten(), *whole.classifier[:2])
-    )
+    second = nn.Sequential(whole.features, whole.avgpool, nn.Flatten(), whole.classifier[:6])
+    expected = by_torchvision(files, second)
     train, database, query = read_features(tmp_path / "made_cnn" / "features.mat")
     for split, items in zip((train, database, query), drawn(19), strict=True):
         np.testing.assert_allclose(split.image[:], expected[items], atol=1e-5)
@@ -1185,7 +1169,10 @@ class Foreign:
 
 
 BAD_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
-    "absent.pth": (lambda s: None, ["--weights absent.pth: found no such file", "IMAGENET1K_V1"]),
+    "absent.pth": (
+        lambda s: None,
+        ["--weights absent.pth: found no such file", "vgg16-397923af.pth, or one of IMAGENET1K_V1"],
+    ),
     "folder.pth": (lambda s: Path("folder.pth").mkdir(), ["found no such file"]),
     "empty.pth": (lambda s: put(Path("empty.pth"), ""), ["damaged or foreign"]),
     "text.pth": (lambda s: put(Path("text.pth"), "text"), ["damaged or foreign"]),
@@ -1193,24 +1180,24 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
     "code.pth": (lambda s: torch.save({**s, "x": Foreign()}, "code.pth"), ["damaged or foreign"]),
     "list.pth": (lambda s: torch.save([1], "list.pth"), ["something else than tensors by name"]),
     "number.pth": (
-        lambda s: torch.save({**s, "classifier.0.bias": 1}, "number.pth"),
+        lambda s: torch.save({**s, "classifier.1.bias": 1}, "number.pth"),
         ["something else than tensors by name"],
     ),
     "less.pth": (
-        lambda s: torch.save({k: s[k] for k in s if k != "classifier.0.bias"}, "less.pth"),
-        ["less.pth: found no classifier.0.bias; expected the weights of vgg16"],
+        lambda s: torch.save({k: s[k] for k in s if k != "classifier.1.bias"}, "less.pth"),
+        ["less.pth: found no classifier.1.bias; expected the weights of vgg16"],
     ),
     "more.pth": (
         lambda s: torch.save({**s, "classifier.9.bias": torch.ones(1)}, "more.pth"),
         ["more.pth: found an unknown classifier.9.bias; expected the weights of vgg16"],
     ),
     "shape.pth": (
-        lambda s: torch.save({**s, "classifier.0.bias": torch.ones(7)}, "shape.pth"),
-        ["shape.pth: found classifier.0.bias of shape (7,); expected (6,), as vgg16 has"],
+        lambda s: torch.save({**s, "classifier.1.bias": torch.ones(7)}, "shape.pth"),
+        ["shape.pth: found classifier.1.bias of shape (7,); expected (8,), as vgg16 has"],
     ),
     "nan.safetensors": (
-        lambda s: save_file({**s, "classifier.0.bias": torch.ones(6) / 0}, "nan.safetensors"),
-        ["values in classifier.0.bias that are not finite"],
+        lambda s: save_file({**s, "classifier.1.bias": torch.ones(8) / 0}, "nan.safetensors"),
+        ["values in classifier.1.bias that are not finite"],
     ),
 }
 

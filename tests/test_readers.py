@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 import re
 import shutil
 import tracemalloc
@@ -20,18 +21,20 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.sparse
+from helpers import picture_arrays, write_arrays
 from mat73 import write_mat73
 from PIL import Image
 
 from vhabl.data import __main__ as data_command
 from vhabl.data import load, validation_split, without
 from vhabl.data.features import load_features
-from vhabl.data.pairs import draw, read_pairs, to_features, words
+from vhabl.data.images import read, to_pixels
+from vhabl.data.pairs import describe_images, draw, read_pairs, to_splits, words
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
 from vhabl.matfile import is_hdf5, read_mat
-from vhabl.settings import DataConfig
-from vhabl.types import Split
+from vhabl.settings import DataConfig, EncoderConfig
+from vhabl.types import Rows, Split
 
 PROJECT = Path(__file__).resolve().parents[1]
 EMOJI = PROJECT / "dataset" / "emoji"
@@ -530,7 +533,10 @@ def test_items_without_a_label_are_reported(tmp_path: Path) -> None:
     assert load(features_config(path)).notes == ()
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("features", "I_tr"), ("pairs", "caption.mat")])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("features", "I_tr"), ("pairs", "caption.mat"), ("npy", "train_image_label.npy")],
+)
 def test_a_missing_data_set_says_where_it_comes_from(
     tmp_path: Path, kind: str, layout: str
 ) -> None:
@@ -612,7 +618,7 @@ def pairs_config(**changes: Any) -> DataConfig:
 
 
 def load_pairs(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
-    return to_features(read_pairs(path, config), config)[:3]
+    return to_splits(read_pairs(path, config), config, EncoderConfig()).splits
 
 
 def by_id(splits: tuple[Split, ...], name: str) -> dict[str, list[float]]:
@@ -1021,3 +1027,256 @@ def test_a_label_that_is_no_class_is_named(tmp_path: Path) -> None:
     path = write_table(write_pairs(tmp_path / "p"), "csv")
     with pytest.raises(VhablError, match=r"items\.csv: row 2: found label 'odd'; expected one of"):
         read_table(path, table_config(class_names=["even"]))
+
+
+# HQ's arrays
+
+ARRAYS = DataConfig(name="own", kind="npy", path="arrays", workers=0)
+CNN = EncoderConfig("cnn", "alexnet", "")
+
+
+def feature_images(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same items with features in place of pictures."""
+    return arrays | {
+        name: values.reshape(len(values), -1)[:, :6] / 7.0
+        for name, values in arrays.items()
+        if name.endswith("_image")
+    }
+
+
+def test_features_in_arrays_are_those_of_a_feature_file(tmp_path: Path) -> None:
+    arrays = feature_images(picture_arrays())
+    write_arrays(tmp_path / "arrays", arrays)
+    parts = {"I": "image", "T": "text", "L": "label"}
+    arrays["train_label"] = arrays["train_image_label"]
+    roles = {"tr": ["train"], "db": ["train", "vali"], "te": ["test"]}
+    write_mat5(
+        tmp_path / "f.mat",
+        {
+            f"{key}_{role}": np.concatenate([arrays[f"{name}_{part}"] for name in names])
+            for role, names in roles.items()
+            for key, part in parts.items()
+        },
+    )
+    found, expected = load(ARRAYS), load(features_config(tmp_path / "f.mat"))
+    for role in ("train", "database", "query"):
+        own, other = getattr(found, role), getattr(expected, role)
+        for part in ("image", "text", "labels"):
+            np.testing.assert_array_equal(getattr(own, part), getattr(other, part))
+            assert getattr(own, part).dtype == getattr(other, part).dtype
+    assert [len(s) for s in (found.train, found.database, found.query)] == [24, 29, 7]
+    assert found.fingerprint == expected.fingerprint and found.vocabulary == ()
+    assert found.notes == ("vali: 5 items, in the database and in nothing else",)
+    assert len(without(found.database, found.train)) == 5
+    assert not np.isin(found.query.ids, found.database.ids).any()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_pictures_in_arrays_become_pixels(
+    tmp_path: Path, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory where they are few; else they stay in their files, and are read when indexed."""
+    arrays = picture_arrays()
+    arrays["train_image"] = np.asfortranarray(arrays["train_image"])  # another order of axes
+    write_arrays(tmp_path / "arrays", arrays)
+    if not held:
+        monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 0)
+    data = load(ARRAYS, CNN)
+    names = ("train_image", "vali_image", "test_image")
+    pictures = [Image.fromarray(p) for name in names for p in arrays[name]]
+    expected = np.stack([to_pixels(picture, 224, False) for picture in pictures])
+    for split, rows in (
+        (data.train, slice(0, 24)), (data.database, slice(0, 29)), (data.query, slice(29, 36)),
+    ):  # fmt: skip
+        assert isinstance(split.image, Rows) and isinstance(split.text, np.ndarray)
+        np.testing.assert_array_equal(split.image[:], expected[rows])
+        assert isinstance(split.image.store, np.ndarray) == held
+    if not held:
+        store = data.train.image.store
+        assert all(isinstance(array, np.memmap) for array in store.files.arrays)
+    batches = [np.array([3, 0]), np.array([6])]
+    for rows, inputs in zip(batches, read(data.query, batches), strict=True):
+        np.testing.assert_array_equal(inputs.image.numpy(), expected[29 + rows])
+    squeezed = load(ARRAYS, replace(CNN, resize=230, squeeze=True)).query.image[:]
+    np.testing.assert_array_equal(squeezed[2], to_pixels(pictures[31], 230, True))
+    monkeypatch.setattr("vhabl.data.npy.CHUNK", 7)
+    described = load(ARRAYS)
+    np.testing.assert_array_equal(described.database.image, describe_images(pictures[:29]))
+    assert described.query.ids.tolist() == data.query.ids.tolist()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_digests_of_arrays_see_every_picture(
+    tmp_path: Path, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 2**28 if held else 0)
+    arrays, prints, states = picture_arrays(train=24 if held else 520), [], []
+    for change in ("", "train_image", "vali_image", "test_image", "test_text", "again"):
+        if change in arrays:  # the second picture, which is not in the sample of 520
+            arrays[change].reshape(len(arrays[change]), -1)[1, :30] += 1
+        write_arrays(tmp_path / "arrays", arrays)
+        data = load(ARRAYS, CNN)
+        prints.append(data.fingerprint)
+        states.append(None if held else data.train.image.store.state())
+    assert len(set(prints)) == 5 and prints[-1] == prints[-2]
+    assert held or len(set(states)) == 4  # of pictures alone
+
+
+def test_a_query_that_is_a_training_item_too_is_the_same_item(tmp_path: Path) -> None:
+    arrays = picture_arrays()
+    for part in ("image", "text"):
+        arrays[f"test_{part}"][2] = arrays[f"train_{part}"][9]
+    arrays["test_image"][4] = arrays["train_image"][9]  # the image alone is not the item
+    data = load(replace(ARRAYS, path=str(write_arrays(tmp_path / "arrays", arrays))), CNN)
+    assert data.query.ids[2] == data.train.ids[9]
+    assert np.isin(data.query.ids, data.database.ids).tolist() == [False] * 2 + [True] + [False] * 4
+
+
+def with_value(name: str, value: Any, at: tuple[int, ...] = (1, 0)) -> dict[str, np.ndarray]:
+    arrays = picture_arrays()
+    arrays[name] = arrays[name].astype(float)
+    arrays[name][at] = value
+    return arrays
+
+
+def with_array(name: str, change: Callable[[np.ndarray], Any]) -> dict[str, np.ndarray]:
+    arrays = picture_arrays()
+    return arrays | {name: change(arrays[name])}
+
+
+def objects(values: np.ndarray) -> np.ndarray:
+    return values.astype(object)
+
+
+PICTURES = "items x height x width x 3 of uint8"
+SHUFFLED = picture_arrays()["train_text_label"][::-1]
+BAD_ARRAYS: dict[str, tuple[dict[str, np.ndarray], list[str]]] = {
+    "objects": (with_array("train_image", objects), ["train_image.npy", "damaged or foreign"]),
+    "label objects": (with_array("vali_label", objects), ["vali_label.npy", "damaged or foreign"]),
+    "no items": (with_array("test_text", lambda a: a[:0]), ["test_text.npy"]),
+    "a number": (with_array("test_text", lambda a: np.array(3.0)), ["test_text.npy", "()"]),
+    "words": (with_array("test_text", lambda a: a.astype(str)), ["test_text.npy", "<U"]),
+    "channels first": (
+        with_array("test_image", lambda a: a.transpose(0, 3, 1, 2)),
+        ["test_image.npy", "shape (7, 3, 10, 14) of type uint8", PICTURES],
+    ),
+    "grey": (with_array("vali_image", lambda a: a[..., 0]), ["vali_image.npy", PICTURES]),
+    "four channels": (
+        with_array("vali_image", lambda a: a[..., [0, 1, 2, 2]]),
+        ["vali_image.npy", "(5, 10, 14, 4)", PICTURES],
+    ),
+    "real pictures": (
+        with_array("train_image", lambda a: a / 255),
+        ["train_image.npy", "float64", PICTURES],
+    ),
+    "pictures and features": (
+        with_array("test_image", lambda a: a[:, 0, :, 0]),
+        ["4 axes in train_image", "2 axes in test_image"],
+    ),
+    "fewer images": (
+        with_array("test_image", lambda a: a[1:]),
+        ["6 rows in test_image", "7 rows in test_text", "7 rows in test_label"],
+    ),
+    "fewer texts": (
+        with_array("train_text", lambda a: a[1:]),
+        ["24 rows in train_image", "23 rows in train_text", "24 rows in train_text_label"],
+    ),
+    "fewer labels": (
+        with_array("train_text_label", lambda a: a[1:]),
+        ["24 rows in train_image_label", "23 rows in train_text_label"],
+    ),
+    "other words": (
+        with_array("vali_text", lambda a: a[:, 1:]),
+        ["9 columns in train_text", "8 columns in vali_text"],
+    ),
+    "other classes": (
+        with_array("test_label", lambda a: a[:, 1:]),
+        ["3 columns in train_image_label", "2 columns in test_label"],
+    ),
+    "nan": (with_value("vali_text", np.nan), ["vali_text.npy", "nan in row 2, column 1", "finite"]),
+    "infinity": (with_value("train_text", np.inf), ["train_text.npy", "inf in row 2", "finite"]),
+    "label 2": (with_value("test_label", 2), ["test_label.npy", "2 in row 2, column 1", "0 and 1"]),
+    "label nan": (with_value("vali_label", np.nan), ["vali_label.npy", "nan in row 2", "0 and 1"]),
+    "shuffled texts": (
+        picture_arrays() | {"train_text_label": SHUFFLED},
+        ["train_text_label.npy", "another label than train_image_label.npy has in row", "such rows",
+         "image i and text i are one item"],
+    ),
+    "one other label": (
+        with_array("train_text_label", lambda a: np.concatenate([a[:3], 1 - a[3:4], a[4:]])),
+        ["train_text_label.npy", "in row 4 (1 such row)"],
+    ),
+    "feature nan": (
+        feature_images(picture_arrays()) | {"test_image": np.full((7, 6), np.nan)},
+        ["test_image.npy", "nan in row 1, column 1 (42 such values)", "finite"],
+    ),
+    "feature widths": (
+        feature_images(picture_arrays()) | {"test_image": np.ones((7, 5))},
+        ["6 columns in train_image", "5 columns in test_image"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+@pytest.mark.filterwarnings("error")
+def test_bad_arrays_are_named(tmp_path: Path, name: str) -> None:
+    arrays, parts = BAD_ARRAYS[name]
+    write_arrays(tmp_path / "arrays", arrays)
+    assert_fails(lambda: load(ARRAYS), Path("arrays"), parts)
+
+
+@pytest.mark.parametrize("name", picture_arrays())
+def test_a_missing_or_foreign_array_is_named(tmp_path: Path, name: str) -> None:
+    folder = write_arrays(tmp_path / "arrays", picture_arrays())
+    file, archive = folder / f"{name}.npy", folder / "x.npz"
+    where = Path("arrays") / file.name
+    whole = file.read_bytes()
+    np.savez(archive, a=np.ones(3))
+    contents = (b"", b"text", whole[:40], whole[:-1], pickle.dumps({"a": 1}), archive.read_bytes())
+    for content in contents:
+        file.write_bytes(content)
+        assert_fails(lambda: load(ARRAYS), where, ["an array of numbers"])
+    file.unlink()
+    assert_fails(lambda: load(ARRAYS), where, ["no such file", "train_image_label.npy"])
+    file.mkdir()
+    assert_fails(lambda: load(ARRAYS), where, ["no such file"])
+
+
+class Code:
+    """Leaves a trace where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("trace"),)
+
+
+def test_no_code_in_arrays_is_run(tmp_path: Path) -> None:
+    folder = write_arrays(tmp_path / "arrays", picture_arrays())
+    np.save(folder / "test_label.npy", np.array([Code()]), allow_pickle=True)
+    assert_fails(lambda: load(ARRAYS), Path("arrays/test_label.npy"), ["damaged or foreign"])
+    (folder / "test_label.npy").write_bytes(pickle.dumps(Code()))
+    assert_fails(lambda: load(ARRAYS), Path("arrays/test_label.npy"), ["damaged or foreign"])
+    assert not Path("trace").exists()
+
+
+def test_arrays_are_refused_where_an_encoder_takes_other_inputs(tmp_path: Path) -> None:
+    where = Path("key encoder.name")
+    write_arrays(tmp_path / "arrays", picture_arrays())
+    towers = EncoderConfig("clip", weights="")
+    assert_fails(lambda: load(ARRAYS, towers), where, ["'clip'", "bags of words", "arrays"])
+    write_arrays(tmp_path / "arrays", feature_images(picture_arrays()))
+    parts = ["'cnn' with features", "train_image.npy", "N x h x w x 3"]
+    assert_fails(lambda: load(ARRAYS, CNN), where, parts)
+    named = replace(ARRAYS, class_names=["one", "two"])
+    assert_fails(lambda: load(named), Path("key data.class_names"), ["2 names", "3, as labels"])
+
+
+def test_the_check_looks_at_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_arrays(tmp_path / "arrays", picture_arrays())
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nkind: npy\npath: arrays\n")
+    assert data_command.main(["check", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "train: 24 items", "database: 29 items", "query: 7 items", "no problem found",
+    ]  # fmt: skip
+    assert err == "note: vali: 5 items, in the database and in nothing else\n"

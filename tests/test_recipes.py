@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import pair_overrides, write_feature_file, write_pair_folder
+from helpers import CNN, pair_overrides, write_feature_file, write_pair_folder
 
 from vhabl import runs, train
 from vhabl.config import build_method, load, recipes
@@ -19,12 +19,17 @@ from vhabl.methods.base import HashingMethod
 from vhabl.types import Batch, Dataset
 
 RECIPES = recipes()
+pytestmark = pytest.mark.usefixtures("tiny_alexnet")
 
 
 def overrides(recipe: Path, tmp_path: Path) -> list[str]:
-    """What makes a recipe run on a few items: feature files, or pictures and words for towers."""
-    if yaml.safe_load(recipe.read_text(encoding="utf-8")).get("encoder", {}).get("name") == "clip":
-        return pair_overrides(write_pair_folder(tmp_path / "pairs"))
+    """What makes a recipe run on a few items: feature files, or pictures and words for towers and
+    networks.
+    """
+    encoder = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("encoder", {}).get("name")
+    if encoder in ("clip", "cnn"):
+        given = pair_overrides(write_pair_folder(tmp_path / "pairs"))
+        return [*given, *CNN] if encoder == "cnn" else given
     file = write_feature_file(tmp_path / "features.mat")
     return ["data=wiki", f"data.path={file}", "data.class_names=[]", "device=cpu", "codes=none"]
 

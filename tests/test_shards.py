@@ -294,7 +294,7 @@ def test_every_item_of_a_data_set_is_encoded(batches_of_7: None, tmp_path: Path)
     folder = write_pair_folder(tmp_path / "p")
     (folder / "t.csv").write_text("image,caption,labels\n0.png,one,x\n1.png,two,\n")
     Path("t.yaml").write_text(f"name: mine\nkind: table\npath: {folder / 't.csv'}\n")
-    table = collection(encode.load_data_config("t.yaml", []))
+    table = collection(encode.load_data_config("t.yaml", []), config.encoder)
     assert table.ids == ["0.png", "1.png"] and table.texts == ["one", "two"]
     assert table.images == [folder / "images" / name for name in table.ids]
     assert table.labels.tolist() == [[1], [0]] and table.class_names == ["x"]

@@ -18,7 +18,7 @@ ROOT = Path(vhabl.__file__).parent
 LEVELS = (
     {"errors", "types"},
     {"files", "matfile", "published", "ranks", "settings"},
-    {"openclip"},
+    {"openclip", "cnn"},
     {"layers", "losses", "codes", "codebooks", "metrics", "optim", "shards"},
     {"data", "encoders"},
     {"methods"},

@@ -1,8 +1,9 @@
-"""Towers: equal to open_clip's own, weights from any file, frozen parts and their cache."""
+"""Towers and networks: equal to their libraries', weights from files, frozen parts, their cache."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,21 +14,34 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from helpers import COLOURS, TINY_TOWERS, cells, pair_config, small_config, write_pair_folder
+from helpers import (
+    CNN,
+    COLOURS,
+    TINY_TOWERS,
+    TinyAlexNet,
+    array_config,
+    cells,
+    pair_config,
+    picture_arrays,
+    small_config,
+    write_arrays,
+    write_pair_folder,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
-from vhabl import openclip, runs, train
+from vhabl import cnn, openclip, runs, train
 from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method
 from vhabl.data import load as load_data
 from vhabl.data.images import ImageFiles, open_image, read, to_pixels
-from vhabl.encoders import ClipEncoder
+from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
+from vhabl.report import page
 from vhabl.settings import EncoderConfig
 from vhabl.trainer import Trainer
-from vhabl.types import Dataset, Inputs, Rows, Split
+from vhabl.types import Dataset, DataSpec, Inputs, Rows, Split
 
 RESNET = {
     "embed_dim": 32,
@@ -723,7 +737,7 @@ def test_a_run_does_not_go_on_with_other_weights(tune: str, folder: Path) -> Non
         Trainer(replace(config, resume=True), data, False).run()
     torch.save(saved, "run/state.pt")
     save_file({n: t + 1 for n, t in state.items()}, folder / "w.safetensors")
-    with pytest.raises(VhablError, match=r"state.pt: found a training that began with other tow"):
+    with pytest.raises(VhablError, match=r"state.pt: found a training that began with other wei"):
         Trainer(replace(config, resume=True), data, False).run()
 
 
@@ -784,9 +798,13 @@ def test_a_cache_of_other_towers_with_the_same_weights_is_stale(
     assert "made with other architecture: made anew" in capsys.readouterr().err
 
 
-def test_towers_need_pictures(feature_file: Path) -> None:
-    config = small_config(feature_file, "cmcl", "encoder.name=clip")
-    with pytest.raises(VhablError, match=r"key encoder.name: found 'clip' with a file of features"):
+@pytest.mark.parametrize("given", [["encoder.name=clip"], CNN])
+def test_towers_and_networks_need_pictures(given: list[str], feature_file: Path) -> None:
+    config = small_config(feature_file, "cmcl", *given)
+    name = config.encoder.name
+    with pytest.raises(
+        VhablError, match=rf"key encoder.name: found '{name}' with a file of features"
+    ):
         load_data(config.data, config.encoder)
 
 
@@ -801,3 +819,308 @@ def test_prompts_need_class_names(folder: Path) -> None:
     config = pair_config(folder, "pghmh", "data.class_names=[red,blue]")
     with pytest.raises(VhablError, match=r"key data.class_names: found 2 names; expected 4"):
         load_data(config.data, config.encoder)
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+def cnn_data(folder: Path, *overrides: str) -> tuple[Config, Dataset]:
+    config = pair_config(folder, "hq", *CNN, *overrides)
+    return config, load_data(config.data, config.encoder)
+
+
+def network(folder: Path, *overrides: str) -> tuple[CnnEncoder, Dataset]:
+    """An encoder on a tiny network, fitted on the training items of a folder of pairs."""
+    config, data = cnn_data(folder, "encoder.cache_precision=float32", *overrides)
+    torch.manual_seed(0)
+    found = build_method(config, data.spec).encoder
+    assert isinstance(found, CnnEncoder)
+    found.fit(data.train, "standard")
+    return found, data
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tune", ["frozen", "1", "2", "3", "9", "all"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_network_gives_its_second_connected_layer(
+    tune: str, suffix: str, folder: Path, tiny_alexnet: None
+) -> None:
+    """Of pictures as torchvision scales them, and standardised; words are scaled as features."""
+    torch.manual_seed(4)
+    whole, file = TinyAlexNet().eval(), folder / f"w.{suffix}"
+    write = save_file if suffix == "safetensors" else torch.save
+    write(whole.state_dict(), file)
+    encoder, data = network(folder, f"encoder.tune={tune}", f"encoder.weights={file}")
+    inputs = data.query.inputs()
+    mean, spread = (torch.tensor(v).view(3, 1, 1) for v in (cnn.MEAN, cnn.SPREAD))
+    pixels = (inputs.image / 255 - mean) / spread
+    second = whole.classifier[:6](whole.avgpool(whole.features(pixels)).flatten(1))
+    encoder.norm.running_mean.fill_(0.25)
+    encoder.norm.running_var.fill_(4.0)
+    found = encoder.eval()(inputs)
+    assert inputs.image.shape[1:] == (3, 224, 224) and encoder.image_dim == 6
+    assert torch.allclose(found.image, (second - 0.25) / 2, atol=1e-5) and second.std() > 0.01
+    words = torch.from_numpy(data.train.text)
+    spread = words.std(dim=0, correction=0)
+    there = spread > 0
+    scaled = (inputs.text - words.mean(dim=0)) / spread
+    assert torch.allclose(found.text[:, there], scaled[:, there], atol=1e-5)
+    assert found.words is None and found.patches is None
+    assert encoder(inputs.only("text")).image is None and encoder(inputs.only("image")).text is None
+    kept = encoder.frozen(inputs)
+    assert kept.image.is_floating_point() == (tune in ("frozen", "1", "2"))
+    assert torch.equal(kept.text, inputs.text)
+    assert torch.equal(encoder(kept).image, found.image)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "second"), [("alexnet", 5), ("vgg16", 4)])
+def test_the_networks_of_torchvision_are_built_alike(name: str, second: int) -> None:
+    openclip.mend_torchvision()
+    from torchvision import models
+
+    spec = DataSpec("pairs", 224, 7, 3, 10)
+    config = EncoderConfig("cnn", name, "", tune="2", cache_precision="float32")
+    torch.manual_seed(0)
+    encoder = CnnEncoder(config, spec).eval()
+    torch.manual_seed(0)
+    whole = models.get_model(name, weights=None).eval()
+    found: list[torch.Tensor] = []
+    whole.classifier[second].register_forward_hook(lambda *given: found.append(given[2]))
+    pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
+    whole(encoder._normalised(pixels))
+    assert found[0].shape == (2, 4096) and encoder.image_dim == 4096 and encoder.batch == 32
+    inputs = Inputs(pixels, None)
+    expected = found[0] / (1 + encoder.norm.eps) ** 0.5
+    assert torch.allclose(encoder(inputs).image, expected, atol=1e-6) and expected.std() > 1e-3
+    flat = {"alexnet": 256 * 36, "vgg16": 512 * 49}[name]
+    assert encoder.frozen(inputs).image.shape == (2, flat)
+    assert isinstance(encoder.live[-1], torch.nn.ReLU)  # no dropout of the layer that is left out
+    trained = {n for n, p in encoder.named_parameters() if p.requires_grad}
+    assert trained == {
+        f"network.classifier.{n}.{kind}"
+        for n in ((1, 4) if name == "alexnet" else (0, 3))
+        for kind in ("weight", "bias")
+    }
+
+
+LAYERS = ["features.0", "classifier.1", "classifier.4"]  # with weights, first to last
+
+
+@pytest.mark.parametrize(
+    ("tune", "live"), [("frozen", 0), ("1", 1), ("2", 2), ("3", 3), ("9", 3), ("all", 3)]
+)
+def test_the_last_layers_of_a_network_are_tuned(
+    tune: str, live: int, folder: Path, tiny_alexnet: None
+) -> None:
+    encoder, data = network(folder, f"encoder.tune={tune}", "encoder.lr=0.25")
+    encoder.train()
+    everything = {f"network.{n}.{kind}" for n in LAYERS for kind in ("weight", "bias")}
+    tuned = {name for name in everything if any(n in name for n in LAYERS[3 - live :])}
+    assert {n for n, p in encoder.named_parameters() if p.requires_grad} == tuned
+    assert {n for n, _ in encoder.fixed_tensors()} == everything - tuned
+    assert [(g["lr"], len(g["params"])) for g in encoder.param_groups()] == [
+        (0.25, 2 * live)
+    ] * bool(live)
+    # A dropout goes with the layer that it feeds.
+    assert [encoder.network.classifier[n].training for n in (0, 3)] == [live >= 2, live >= 1]
+    assert encoder.cacheable == (live < 3)
+    inputs = data.train.inputs()
+    kept = encoder.frozen(inputs)
+    shape = {0: (6,), 1: (8,), 2: (36,), 3: (3, 224, 224)}[live]
+    assert kept.image.shape == (len(data.train), *shape)
+    assert torch.equal(encoder.frozen(inputs).image, kept.image)
+    again = [encoder(inputs).image for _ in range(2)]
+    assert torch.equal(*again) == (live == 0)
+    assert not [layer for layer in encoder.eval().modules() if layer.training]
+
+
+def test_words_are_scaled_without_a_look_at_pictures(
+    folder: Path, tiny_alexnet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 0)
+    encoder, data = network(folder)
+    shutil.rmtree(folder / "images")
+    for kind in ("standard", "global", "none"):
+        alone = FeatureScaling(data.spec, ["text"])
+        ready = replace(data.train, image=np.zeros((len(data.train), 2), np.float32))
+        both = FeatureScaling(replace(data.spec, image_dim=2))
+        for scaling in (alone, both):
+            scaling.fit(data.train if scaling is alone else ready, kind)
+        encoder.bag = FeatureScaling(data.spec, ["text"])
+        encoder.fit(data.train, kind)
+        for name in ("text_mean", "text_spread"):
+            assert torch.equal(encoder.bag.get_buffer(name), both.get_buffer(name))
+            assert torch.equal(alone.get_buffer(name), both.get_buffer(name))
+
+
+@pytest.mark.parametrize("tune", ["frozen", "1"])
+def test_the_cache_of_a_network_holds_pictures_alone(
+    tune: str, folder: Path, tiny_alexnet: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = cnn_data(folder, f"encoder.tune={tune}")
+    encoder, data = network(folder, f"encoder.tune={tune}", "encoder.cache_precision=float16")
+    kept = frozen_outputs(encoder, data, config.encoder)
+    file = file_of(folder)
+    with h5py.File(file) as h5:
+        assert list(h5) == ["image"] and "captions" not in json.loads(h5.attrs["made_with"])
+    depth = "frozen" if tune == "frozen" else "last1"
+    assert file.name == f"emoji-alexnet-{depth}-pooled.h5"
+    for split in ("train", "database", "query"):
+        raw, found = getattr(data, split).inputs(), getattr(kept, split).inputs()
+        assert torch.equal(found.image, encoder.frozen(raw).image)
+        assert found.image.dtype == torch.float16 and torch.equal(found.text, raw.text)
+    assert frozen_outputs(encoder, kept, config.encoder) is kept
+    before = file.stat().st_mtime_ns
+    frozen_outputs(encoder, data, config.encoder)
+    assert file.stat().st_mtime_ns == before and capsys.readouterr().err == ""
+    encoder.network.features[0].bias.data += 1
+    frozen_outputs(encoder, data, config.encoder)
+    assert "made with other weights: made anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["tune=all", "tune=3", "augment=true", "cache=none"])
+def test_no_cache_of_a_network_where_it_would_be_wrong(
+    given: str, folder: Path, tiny_alexnet: None
+) -> None:
+    config, _ = cnn_data(folder, f"encoder.{given}")
+    encoder, data = network(folder, f"encoder.{given}")
+    assert frozen_outputs(encoder, data, config.encoder) is data and not Path("cache").exists()
+
+
+@pytest.mark.parametrize("tune", ["frozen", "1", "all"])
+def test_a_run_on_a_network_is_the_same_with_and_without_the_cache(
+    tune: str, folder: Path, tiny_alexnet: None
+) -> None:
+    """And repeats its codes from what was saved, which needs no file of weights."""
+    torch.save(TinyAlexNet().state_dict(), folder / "w.pth")
+    found = []
+    for cache in ("cache", "none"):
+        config, data = cnn_data(
+            folder, f"encoder.tune={tune}", f"encoder.cache={cache}", "out=run",
+            f"encoder.weights={folder / 'w.pth'}", "validation.fraction=0",
+            "encoder.cache_precision=float32",
+        )  # fmt: skip
+        train.train(config, data, progress_bar=False)
+        found.append(runs.load(Path("run")).method.state_dict())
+    assert Path("cache").exists() == (tune != "all")
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor.float(), found[1][name].float(), atol=1e-4), name
+    (folder / "w.pth").unlink()
+    run = runs.load(Path("run"))
+    assert tuple(run.method.spec.vocabulary) == data.vocabulary and "red" in data.vocabulary
+    before = code_tasks(run.method, data, [8])[8]["i2t"]
+    ((_, _, again),) = runs.encoded([run], [8], [])
+    assert np.array_equal(again[8]["i2t"].query, before.query)
+    assert np.array_equal(again[8]["i2t"].database, before.database)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("encoder.model=alexnot", r"key encoder.model: found 'alexnot'; expected alexnet \| vgg16"),
+        ("encoder.model=ViT-B-32", "key encoder.model: found 'ViT-B-32'; expected alexnet"),
+        ("encoder.resize=223", "key encoder.resize: found 223; expected 0, or at least 224"),
+        (
+            "encoder.weights=absent.pth",
+            r"encoder.weights=absent.pth: found no such file; expected a file such as https://"
+            r"\S+/alexnet-owt-7be5be79.pth, or one of IMAGENET1K_V1",
+        ),
+        ("encoder.tune=last", r"key encoder.tune: found 'last'; expected frozen \| all \| a numb"),
+    ],
+)
+def test_a_network_that_cannot_be_had_is_said(
+    override: str, message: str, folder: Path, tiny_alexnet: None
+) -> None:
+    with pytest.raises(VhablError, match=message):
+        network(folder, override)
+
+
+def test_bad_weights_of_a_network_are_named(folder: Path, tiny_alexnet: None) -> None:
+    state, file = TinyAlexNet().state_dict(), folder / "w.pth"
+    for content, message in (
+        (state | {"ghost": torch.zeros(1)}, "an unknown ghost; expected the weights of alexnet"),
+        ({n: t / 0 for n, t in state.items()}, "values in features.0.weight that are not finite"),
+        ([1], "something else than tensors by name"),
+        (None, "a damaged or foreign file"),
+    ):
+        file.write_bytes(b"text") if content is None else torch.save(content, file)
+        with pytest.raises(VhablError, match=rf"w\.pth: found {message}"):
+            network(folder, f"encoder.weights={file}")
+
+
+def test_weights_of_a_network_are_downloaded_by_name(
+    folder: Path, tiny_alexnet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    Path("cache").mkdir()
+    file = Path("cache/alexnet-owt-7be5be79.pth")
+    with pytest.raises(VhablError, match=rf"no route .* brought here: encoder.weights={file.name}"):
+        network(folder, "encoder.weights=DEFAULT")
+    torch.manual_seed(8)
+    state = TinyAlexNet().state_dict()
+    torch.save(state, file)  # where an earlier download was kept
+    found, _ = network(folder, "encoder.weights=DEFAULT")
+    assert torch.equal(found.network.classifier[4].weight, state["classifier.4.weight"])
+
+
+@torch.no_grad()
+def test_pictures_for_a_network_are_cut(folder: Path, tiny_alexnet: None) -> None:
+    encoder, data = network(folder, "encoder.resize=256", "encoder.augment=true")
+    inputs = data.query.inputs()
+    assert inputs.image.shape[-1] == 256
+    middle = replace(inputs, image=inputs.image[..., 16:240, 16:240])
+    files = [folder / "images" / Path(str(name)).name for name in data.query.ids]
+    for squeeze in (False, True):
+        _, found = cnn_data(folder, "encoder.resize=256", f"encoder.squeeze={squeeze}")
+        expected = np.stack([to_pixels(open_image(file), 256, squeeze) for file in files])
+        assert np.array_equal(found.query.image[:], expected)
+    encoder.eval()
+    assert torch.equal(encoder(inputs).image, encoder(middle).image)
+    encoder.train()
+    assert not torch.equal(encoder.frozen(inputs).image, encoder.frozen(inputs).image)
+
+
+def test_a_network_sees_the_words_that_descriptors_go_with(
+    folder: Path, tiny_alexnet: None
+) -> None:
+    """The same items, words and labels as features have; pages say what a run saw."""
+    config, data = cnn_data(folder, "out=run", "validation.fraction=0", "epochs=1")
+    features = load_data(config.data)
+    assert data.vocabulary == features.vocabulary and data.spec.text_dim == len(data.vocabulary)
+    for split in ("train", "database", "query"):
+        own, other = getattr(data, split), getattr(features, split)
+        assert np.array_equal(own.text, other.text) and np.array_equal(own.labels, other.labels)
+        assert np.array_equal(own.ids, other.ids)
+    train.train(config, data, progress_bar=False)
+    said = page.describe_inputs(runs.load(Path("run")))
+    assert said == f"pictures of side 224 and {len(data.vocabulary):,} words"
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_cache_follows_pictures_in_arrays(
+    held: bool,
+    tmp_path: Path,
+    tiny_alexnet: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 2**28 if held else 0)
+    arrays = picture_arrays()
+    config = array_config(write_arrays(tmp_path / "arrays", arrays), "encoder.tune=frozen")
+    torch.manual_seed(0)
+    encoder = build_method(config, load_data(config.data, config.encoder).spec).encoder.eval()
+    said = []
+    for change in ("", "train_text", "vali_image"):
+        if change:
+            arrays[change].reshape(len(arrays[change]), -1)[1, :5] += 1
+            write_arrays(tmp_path / "arrays", arrays)
+        data = load_data(config.data, config.encoder)
+        kept = frozen_outputs(encoder, data, config.encoder)
+        assert torch.equal(kept.query.inputs().image, encoder.frozen(data.query.inputs()).image)
+        said.append(capsys.readouterr().err)
+    assert said[:2] == ["", ""] and "made with other images: made anew" in said[2]

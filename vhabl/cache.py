@@ -1,14 +1,14 @@
 """What the frozen part of an encoder gives for every picture and caption, kept in a file.
 
-A frozen tower runs once: later epochs, seeds, methods and evaluations read its outputs. The file
-says what it was made with; one that is stale or damaged is made anew, and that is said.
+A frozen tower or network runs once: later epochs, seeds, methods and evaluations read its outputs.
+The file says what it was made with; one that is stale or damaged is made anew, and that is said.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from vhabl import openclip
 from vhabl.data.images import ImageFiles, read, rows_in_order
-from vhabl.encoders import ClipEncoder, Encoder
+from vhabl.encoders import Encoder, PixelEncoder
 from vhabl.errors import brief, note
 from vhabl.files import atomic_path
 from vhabl.settings import EncoderConfig
 from vhabl.types import Dataset, Rows, Split, Store
 
 VERSION = 1  # of the file's layout and of how its content is computed
-VIEWS = ("image", "text")
+VIEWS = {"image": "images", "text": "captions"}  # and what a file says of their content
 
 
 def frozen_outputs(
@@ -40,30 +40,30 @@ def frozen_outputs(
     The data set as it is where nothing is frozen, where pictures are changed at random, or where
     `encoder.cache` is none.
     """
-    image, text = data.train.image, data.train.text
-    if not (isinstance(encoder, ClipEncoder) and encoder.cacheable) or config.cache == "none":
+    if not (isinstance(encoder, PixelEncoder) and encoder.cacheable) or config.cache == "none":
         return data
-    if not (isinstance(image, Rows) and isinstance(text, Rows)) or _is_kept(image.store):
+    # Pixels and tokens are in stores; a bag of words is not.
+    parts = {view: getattr(data.train, view) for view in VIEWS}
+    stores = {view: part.store for view, part in parts.items() if isinstance(part, Rows)}
+    if "image" not in stores or _is_kept(stores["image"]):
         return data
-    stores = {"image": image.store, "text": text.store}
     made_with = _made_with(encoder, stores)
     depth = "frozen" if not encoder.tuned else f"last{encoder.tuned}"
-    parts = "tokens" if encoder.gives_tokens else "pooled"
-    name = f"{data.name}-{openclip.name_of(config.model)}-{depth}-{parts}.h5"
+    content = "tokens" if encoder.gives_tokens else "pooled"
+    name = f"{data.name}-{openclip.name_of(config.model)}-{depth}-{content}.h5"
     path = Path(config.cache) / name
-    kept = _open(path, made_with)
+    kept = _open(path, made_with, stores)
     if kept is None:
         _write(path, encoder, stores, made_with, progress_bar)
-        kept = _open(path, made_with)
+        kept = _open(path, made_with, stores)
         assert kept is not None, path
 
     def swap(split: Split) -> Split:
-        assert isinstance(split.image, Rows) and isinstance(split.text, Rows)
-        return replace(
-            split,
-            image=Rows(kept["image"], split.image.first),
-            text=Rows(kept["text"], split.text.first, split.text.count),
-        )
+        own = {view: getattr(split, view) for view in stores}
+        changed: dict[str, Any] = {
+            view: Rows(kept[view], part.first, part.count) for view, part in own.items()
+        }
+        return replace(split, **changed)
 
     return replace(
         data, train=swap(data.train), database=swap(data.database), query=swap(data.query)
@@ -77,7 +77,7 @@ def _is_kept(store: Store) -> bool:
 # -- what a file was made with ---------------------------------------------------------------------
 
 
-def _made_with(encoder: ClipEncoder, stores: dict[str, Store]) -> dict[str, str]:
+def _made_with(encoder: PixelEncoder, stores: dict[str, Store]) -> dict[str, str]:
     """Everything that decides the content, each part as a short text that can be compared."""
     config = encoder.config
     image = stores["image"]
@@ -85,8 +85,7 @@ def _made_with(encoder: ClipEncoder, stores: dict[str, Store]) -> dict[str, str]
     return {
         "architecture": f"{config.model}, {encoder.tuned} blocks tuned",
         "weights": encoder.fixed_digest(),
-        "images": _digest_of_store(image),
-        "captions": _digest_of_store(stores["text"]),
+        **{VIEWS[view]: _digest_of_store(store) for view, store in stores.items()},
         "transform": f"{image.shape[-1]} to {encoder.size}, {'squeezed' if squeezed else 'cut'}",
         "precision": "bfloat16" if encoder.mixed else "float32",
         "rounding": config.cache_precision,
@@ -95,21 +94,20 @@ def _made_with(encoder: ClipEncoder, stores: dict[str, Store]) -> dict[str, str]
 
 
 def _digest_of_store(store: Store) -> str:
-    """Of the content in memory; of the names, sizes and times of files."""
-    digest = blake2b(digest_size=16)
+    """Of the content in memory; of the state of files."""
     if isinstance(store, ImageFiles):
-        for file in (Path(str(name)) for name in store.files):
-            status = file.stat() if file.exists() else None  # a missing one is said when read
-            digest.update(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n".encode())
+        content = store.state()
     else:
-        digest.update(np.ascontiguousarray(store[:]).tobytes())
-    return digest.hexdigest()
+        content = np.ascontiguousarray(store[:]).tobytes()
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 # -- the file --------------------------------------------------------------------------------------
 
 
-def _open(path: Path, made_with: dict[str, str]) -> dict[str, np.memmap[Any, Any]] | None:
+def _open(
+    path: Path, made_with: dict[str, str], views: Iterable[str]
+) -> dict[str, np.memmap[Any, Any]] | None:
     """The kept arrays as memory maps, or None where there is no whole file made with this."""
     if not path.exists():
         return None
@@ -119,7 +117,7 @@ def _open(path: Path, made_with: dict[str, str]) -> dict[str, np.memmap[Any, Any
             sums = json.loads(str(file.attrs["checksums"]))
             places = {
                 view: (file[view].id.get_offset(), file[view].shape, file[view].dtype)
-                for view in VIEWS
+                for view in views
             }
         changed = [part for part, value in made_with.items() if theirs.get(part) != value]
         if changed:
@@ -145,18 +143,18 @@ def _checksum(array: np.ndarray) -> int:
 
 def _write(
     path: Path,
-    encoder: ClipEncoder,
+    encoder: PixelEncoder,
     stores: dict[str, Store],
     made_with: dict[str, str],
     progress_bar: bool,
 ) -> None:
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         sums: dict[str, int] = {}
-        for view in VIEWS:
-            store, done, array = stores[view], 0, None
+        for view, store in stores.items():
+            done, array = 0, None
             bar = tqdm(
                 total=store.shape[0],
-                desc=f"frozen tower, {view}",
+                desc=f"frozen part, {view}",
                 unit="item",
                 disable=not progress_bar,
             )
@@ -174,7 +172,7 @@ def _write(
 
 
 @torch.no_grad()
-def _outputs(encoder: ClipEncoder, view: str, store: Store) -> Iterator[np.ndarray]:
+def _outputs(encoder: PixelEncoder, view: str, store: Store) -> Iterator[np.ndarray]:
     """What the frozen part gives for every row of a store, in batches."""
     device, count = encoder.mean.device, store.shape[0]
     rows = rows_in_order(count, encoder.batch)

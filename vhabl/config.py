@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from vhabl import encoders, methods, openclip
+from vhabl import cnn, encoders, methods, openclip
 from vhabl.errors import VhablError, fail
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import (
@@ -406,7 +406,7 @@ def _check_bits(lengths: list[int]) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    kinds = ("features", "pairs", "table")
+    kinds = ("features", "pairs", "table", "npy")
     _require(data.kind in kinds, "data.kind", data.kind, " | ".join(kinds))
     _require(data.separator != "", "data.separator", "''", "a text")
     scales = ("standard", "global", "none")
@@ -417,9 +417,12 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_encoder(e: EncoderConfig) -> None:
-    _require(e.name in ("features", "clip"), "encoder.name", e.name, "features | clip")
+    names = ("features", "clip", "cnn")
+    _require(e.name in names, "encoder.name", e.name, " | ".join(names))
+    known = e.name != "cnn" or e.model in cnn.NETWORKS
+    _require(known, "encoder.model", e.model, " | ".join(cnn.NETWORKS))
     tune = e.tune in ("frozen", "all") or (e.tune.isdecimal() and int(e.tune) > 0)
-    _require(tune, "encoder.tune", e.tune, "frozen | all | a number of blocks")
+    _require(tune, "encoder.tune", e.tune, "frozen | all | a number of blocks or layers")
     _require(0 <= e.lr < math.inf, "encoder.lr", e.lr, "0 or more")
     _require(0 <= e.resize <= 4096, "encoder.resize", e.resize, "0 or a side up to 4096 pixels")
     _require(e.words >= 3, "encoder.words", e.words, "at least 3 tokens")

@@ -33,8 +33,7 @@ from vhabl import codes as code_files
 from vhabl import errors, openclip, ranks, runs, shards
 from vhabl.config import load_data_config, to_yaml
 from vhabl.data import collection
-from vhabl.data.images import ImageFiles
-from vhabl.data.pairs import bag_of_words, describe_images
+from vhabl.data.pairs import bag_of_words, describe_images, pictures
 from vhabl.data.table import read_items
 from vhabl.errors import fail, note, plural
 from vhabl.evaluator import encode, relaxed_codes
@@ -47,10 +46,10 @@ from vhabl.types import Rows, Split
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
-Images = Sequence[str | Path | Image.Image] | np.ndarray
+Images = Sequence[str | Path | Image.Image] | np.ndarray | Rows
 Texts = Sequence[str] | np.ndarray
 # Ids, and images and texts in their order; None for what the items do not have.
-Items = tuple[list[str], Sequence[Path] | np.ndarray | None, Texts | None]
+Items = tuple[list[str], Sequence[Path] | np.ndarray | Rows | None, Texts | None]
 
 
 def load(folder: str | Path, device: str = "auto") -> Model:
@@ -77,10 +76,11 @@ class Model:
         """Codes of each view, int8 [N, bits] of -1 and +1: {"fused": ...} or {"image": ..., "text":
         ...} with what was given.
 
-        images: files or pictures, texts: strings; for a model of feature files both are features
-        [N, d]. A fused method takes them as pairs. bits: the longest length by default. Raises
-        VhablError for a picture that cannot be read, for a length or a modality that the model does
-        not serve, and for numbers of images and texts that do not pair.
+        images: files or pictures, or the pixels of a data set; texts: strings. For a model of
+        features both are features [N, d]; for one of pictures in arrays its texts are. A fused
+        method takes them as pairs. bits: the longest length by default. Raises VhablError for a
+        picture that cannot be read, for a length or a modality that the model does not serve, and
+        for numbers of images and texts that do not pair.
         """
         return self._run(images, texts, bits, progress_bar, encode)
 
@@ -159,7 +159,9 @@ class Model:
 
     def _image(self, images: Images) -> np.ndarray | Rows:
         config, encoder = self.run.config.data, self.run.config.encoder
-        if config.kind == "features":
+        if isinstance(images, Rows):
+            return images
+        if not config.has_files and encoder.name == "features":
             return _features("images", images, self.method.spec.image_dim)
         _refuse_features("images", images)
         files = [Path(i) if isinstance(i, str) else i for i in images]
@@ -167,16 +169,15 @@ class Model:
             return np.zeros((0, self.method.spec.image_dim), np.float32)
         if encoder.name == "features":
             return describe_images(files)
-        side = encoder.resize or openclip.picture_size(encoder.model)
-        return Rows(ImageFiles(files, side, encoder.squeeze, config.workers), np.arange(len(files)))
+        return Rows(pictures(files, config, encoder), np.arange(len(files)))
 
     def _text(self, texts: Texts) -> tuple[np.ndarray, int]:
         """Texts as the encoder takes them, and how many of them were cut."""
         config, encoder = self.run.config.data, self.run.config.encoder
-        if config.kind == "features":
+        if not config.has_files:
             return _features("texts", texts, self.method.spec.text_dim), 0
         _refuse_features("texts", texts)
-        if encoder.name == "features":
+        if encoder.name != "clip":
             return bag_of_words(list(texts), self.method.spec.vocabulary), 0
         return openclip.tokenise(list(texts), encoder.words)
 
@@ -192,7 +193,7 @@ def _features(what: str, given: Any, width: int) -> np.ndarray:
         features = np.zeros(0, np.float32)
     if features.ndim != 2 or features.shape[1] != width or not np.isfinite(features).all():
         fail(what, f"{type(given).__name__} of shape {np.shape(features)}",
-             f"finite features [N, {width}]: the model was trained on feature files")  # fmt: skip
+             f"finite features [N, {width}]: the model was trained on features")  # fmt: skip
     return features
 
 
@@ -305,10 +306,10 @@ def _prepare(arguments: list[str], here: Ranks) -> tuple[argparse.Namespace, Mod
     if given.overrides and given.data is None:
         fail(f"argument {given.overrides[0]}", "no --data", "keys of a data set beside --data")
     model = load(given.checkpoint, here.device(given.device))
-    return given, model, _items(given)
+    return given, model, _items(given, model)
 
 
-def _items(given: argparse.Namespace) -> Items:
+def _items(given: argparse.Namespace, model: Model) -> Items:
     if given.images is not None:
         files = image_files(given.images)
         return [file.name for file in files], files, None
@@ -316,7 +317,8 @@ def _items(given: argparse.Namespace) -> Items:
         config = DataConfig("table", "table", str(given.table), image_root=given.image_root)
         return read_items(given.table, config)
     if given.data is not None:
-        found = collection(load_data_config(given.data, given.overrides))
+        config = load_data_config(given.data, given.overrides)
+        found = collection(config, model.run.config.encoder)
         return found.ids, found.images, found.texts
     return list(given.text), None, given.text
 
@@ -357,7 +359,7 @@ def _take(items: Items, rows: slice) -> Items:
     ids, images, texts = items
     return (
         ids[rows],
-        None if images is None else images[rows],
+        images.take(rows) if isinstance(images, Rows) else None if images is None else images[rows],
         None if texts is None else texts[rows],
     )
 

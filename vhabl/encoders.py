@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vhabl import openclip
+from vhabl import cnn, openclip
 from vhabl.errors import fail
 from vhabl.settings import EncoderConfig
 from vhabl.types import DataSpec, Embeddings, Inputs, Split
@@ -64,10 +65,12 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def build(config: EncoderConfig, spec: DataSpec, tokens: bool, pretrained: bool = True) -> Encoder:
     """The encoder of a recipe. tokens: whether the method uses parts of pictures and single words.
-    pretrained: read the weights of towers; without, they are random and expected to be replaced.
+    pretrained: read the weights of networks; without, they are random and expected to be replaced.
     """
     if config.name == "features":
         return FeatureScaling(spec)
+    if config.name == "cnn":
+        return CnnEncoder(config, spec, pretrained)
     return ClipEncoder(config, tokens, pretrained)
 
 
@@ -77,23 +80,26 @@ class FeatureScaling(Encoder):
     `standard` has a spread for each dimension; `global` has one for the whole modality, so that
     features ordered by variance (PCA, learned projections) keep that order; `none` leaves the
     features as they are. Mean and spread are buffers: a checkpoint holds them.
+
+    views: those that are features; another one passes as it is.
     """
 
-    def __init__(self, spec: DataSpec) -> None:
+    def __init__(self, spec: DataSpec, views: Sequence[str] = ("image", "text")) -> None:
         super().__init__()
         self.image_dim, self.text_dim = spec.image_dim, spec.text_dim
-        for view, dim in (("image", spec.image_dim), ("text", spec.text_dim)):
+        self.views = views
+        for view in views:
+            dim = getattr(spec, f"{view}_dim")
             self.register_buffer(f"{view}_mean", torch.zeros(dim))
             self.register_buffer(f"{view}_spread", torch.ones(dim))
 
     @torch.no_grad()
     def fit(self, train: Split, kind: str) -> None:
         """Measure mean and spread on training items only."""
-        inputs = train.inputs()
-        for view in ("image", "text"):
-            x: Tensor | None = getattr(inputs, view)
-            if x is None or kind == "none":
-                continue
+        if kind == "none":
+            return
+        for view in self.views:
+            x = torch.from_numpy(getattr(train, view)[:])
             variance, mean = torch.var_mean(x, dim=0, correction=0)
             if kind == "global":
                 variance = variance.mean().expand_as(variance)
@@ -103,18 +109,149 @@ class FeatureScaling(Encoder):
             self.get_buffer(f"{view}_spread").copy_(torch.where(spread > 1e-8, spread, 1.0))
 
     def forward(self, inputs: Inputs) -> Embeddings:
-        image, text = inputs.image, inputs.text
+        return Embeddings(self._scaled("image", inputs.image), self._scaled("text", inputs.text))
+
+    def _scaled(self, view: str, x: Tensor | None) -> Tensor | None:
+        if x is None or view not in self.views:
+            return x
+        return (x - self.get_buffer(f"{view}_mean")) / self.get_buffer(f"{view}_spread")
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+class PixelEncoder(Encoder):
+    """An encoder that sees pictures as pixels, and may keep a first part of itself frozen."""
+
+    mean: Tensor  # [3, 1, 1] of pixels
+    spread: Tensor
+    tuned: int  # how many parts at the end are trained: blocks of towers, layers of a network
+
+    def __init__(
+        self, config: EncoderConfig, size: int, channels: tuple[Sequence[float], Sequence[float]]
+    ) -> None:
+        """size: side of the pictures that the network takes; channels: mean and spread of each
+        colour channel on a scale of 0 to 1. Raises VhablError where pictures would be too small.
+        """
+        super().__init__()
+        self.config, self.size = config, size
+        if config.resize and config.resize < size:
+            fail("key encoder.resize", str(config.resize), f"0, or at least {size}")
+        for name, values in zip(("mean", "spread"), channels, strict=True):
+            scaled = 255 * torch.tensor(values).view(3, 1, 1)
+            self.register_buffer(name, scaled, persistent=False)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The tuned part, with the rate `encoder.lr`."""
+        tuned = [p for p in self.parameters() if p.requires_grad]
+        rate = {"lr": self.config.lr} if self.config.lr else {}
+        return [{"params": tuned, **rate}] if tuned else []
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the network computes in bfloat16: on a GPU that has it."""
+        auto = self.config.precision == "auto" and self.mean.device.type == "cuda"
+        return auto and torch.cuda.is_bf16_supported()
+
+    def _arithmetic(self) -> Any:
+        return torch.autocast("cuda", torch.bfloat16) if self.mixed else nullcontext()
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x.to(getattr(torch, self.config.cache_precision))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """What the network takes of pixels: (B, 3, R, R) uint8 -> (B, 3, S, S)."""
+        return (self._cut(pixels).float() - self.mean) / self.spread
+
+    def _cut(self, pixels: Tensor) -> Tensor:
+        """The centre, or in training with `augment` a random part, mirrored at random:
+        (B, 3, S, S).
+        """
+        size, room = self.size, pixels.shape[-1] - self.size
+        if not (self.training and self.config.augment):
+            return pixels[..., room // 2 : room // 2 + size, room // 2 : room // 2 + size]
+        corners = torch.randint(room + 1, (len(pixels), 2))
+        cut = torch.stack(
+            [x[:, i : i + size, j : j + size] for x, (i, j) in zip(pixels, corners, strict=True)]
+        )
+        mirrored = torch.rand(len(cut)) < 0.5
+        return torch.where(mirrored.to(cut.device).view(-1, 1, 1, 1), cut.flip(3), cut)
+
+
+class CnnEncoder(PixelEncoder):
+    """Pixels through a network of torchvision's, and texts that are a bag of words.
+
+    `tune` says how much of the network is trained: nothing, the last N of its layers that have
+    weights, or all. What comes before is frozen: it is in evaluation mode always, and its outputs
+    can be kept (`frozen`). The picture's vector is standardised by running statistics, the text
+    as features are.
+    """
+
+    batch = 32  # the first layers of VGG need 25 MB for each picture
+
+    def __init__(self, config: EncoderConfig, spec: DataSpec, pretrained: bool = True) -> None:
+        super().__init__(config, cnn.SIDE, (cnn.MEAN, cnn.SPREAD))
+        weights = config.weights if pretrained else ""
+        self.network = cnn.build_network(config.model, weights, "encoder.weights=")
+        parts: Any = self.network
+        layers = [*parts.features, parts.avgpool, nn.Flatten(), *parts.classifier]
+        weighted = [n for n, layer in enumerate(layers) if list(layer.parameters())]
+        self.image_dim, self.text_dim = layers[weighted[-1]].out_features, spec.text_dim
+        self.norm = nn.BatchNorm1d(self.image_dim, affine=False)
+        self.bag = FeatureScaling(spec, ("text",))
+
+        known = {"frozen": 0, "all": len(weighted)}
+        self.tuned = min(int(known.get(config.tune, config.tune)), len(weighted))
+        begin = weighted[-self.tuned] if self.tuned else len(layers)
+        while isinstance(layers[begin - 1], nn.Dropout):
+            begin -= 1  # it belongs to the layer that it feeds
+        self.fixed, self.live = layers[:begin], layers[begin:]
+        self.cacheable = bool(self.fixed) and not config.augment
+        for layer in self.fixed:
+            layer.requires_grad_(False)
+        self.train()
+
+    def fit(self, train: Split, kind: str) -> None:
+        self.bag.fit(train, kind)
+
+    def train(self, mode: bool = True) -> CnnEncoder:
+        """Training mode for what is trained: a frozen part drops nothing out."""
+        super().train(mode)
+        for layer in self.fixed:
+            layer.eval()
+        return self
+
+    def frozen(self, inputs: Inputs) -> Inputs:
+        """What the last frozen layer gives, rounded as it is kept, in place of pixels."""
+        x = inputs.image
+        if x is None or x.is_floating_point() or not self.fixed:
+            return inputs
+        with torch.no_grad(), self._arithmetic():
+            x = self._normalised(x)
+            for layer in self.fixed:
+                x = layer(x)
+        return replace(inputs, image=self._rounded(x))
+
+    def forward(self, inputs: Inputs) -> Embeddings:
+        image = self.frozen(inputs).image
         if image is not None:
-            image = (image - self.get_buffer("image_mean")) / self.get_buffer("image_spread")
-        if text is not None:
-            text = (text - self.get_buffer("text_mean")) / self.get_buffer("text_spread")
-        return Embeddings(image, text)
+            with self._arithmetic():
+                x = image.float() if image.is_floating_point() else self._normalised(image)
+                for layer in self.live:
+                    x = layer(x)
+            image = self.norm(x.float())
+        return self.bag(Inputs(image, inputs.text))
+
+    def fixed_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.network.state_dict(prefix="network.", keep_vars=True).items():
+            if not tensor.requires_grad:
+                yield name, tensor
 
 
 # -- CLIP ------------------------------------------------------------------------------------------
 
 
-class ClipEncoder(Encoder):
+class ClipEncoder(PixelEncoder):
     """Both towers of a CLIP: pixels and token ids to vectors of one joint space.
 
     A tower is a start (patches or a stem; token embeddings), blocks, and an end (norm, pooling,
@@ -128,16 +265,11 @@ class ClipEncoder(Encoder):
     """
 
     batch = 256
-    mean: Tensor  # [3, 1, 1] of pixels
-    spread: Tensor
 
     def __init__(self, config: EncoderConfig, tokens: bool, pretrained: bool = True) -> None:
-        super().__init__()
-        self.config, self.gives_tokens = config, tokens
+        super().__init__(config, openclip.picture_size(config.model), openclip.normalisation())
+        self.gives_tokens = tokens
         self.clip = openclip.build_towers(config.model, config.weights if pretrained else "")
-        self.size = openclip.picture_size(config.model)
-        if config.resize and config.resize < self.size:
-            fail("key encoder.resize", str(config.resize), f"0, or at least {self.size}")
         longest = len(self.clip.positional_embedding)
         if not 3 <= config.words <= longest:
             fail("key encoder.words", str(config.words), f"3 to {longest} tokens")
@@ -146,9 +278,6 @@ class ClipEncoder(Encoder):
             self.norms = nn.ModuleDict(
                 {view: nn.BatchNorm1d(self.image_dim, affine=False) for view in ("image", "text")}
             )
-        for name, of_channels in zip(("mean", "spread"), openclip.normalisation(), strict=True):
-            values = 255 * torch.tensor(of_channels).view(3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
 
         visual = self.clip.visual
         resnet = [getattr(visual, f"layer{n}") for n in range(1, 5)] if _is_resnet(visual) else None
@@ -171,12 +300,6 @@ class ClipEncoder(Encoder):
             part.requires_grad_(True)
         self.clip.logit_scale.requires_grad_(False)  # no loss here has it
         self.train()
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The tuned part of the towers, with the rate `encoder.lr`."""
-        tuned = [p for p in self.clip.parameters() if p.requires_grad]
-        rate = {"lr": self.config.lr} if self.config.lr else {}
-        return [{"params": tuned, **rate}] if tuned else []
 
     def train(self, mode: bool = True) -> ClipEncoder:
         """Training mode for what is trained; a frozen part keeps its statistics."""
@@ -267,18 +390,6 @@ class ClipEncoder(Encoder):
         rows = pooled.unsqueeze(1)
         return torch.cat([rows, tokens], dim=1) if self.gives_tokens else rows
 
-    def _rounded(self, x: Tensor) -> Tensor:
-        return x.to(getattr(torch, self.config.cache_precision))
-
-    @property
-    def mixed(self) -> bool:
-        """Whether the towers compute in bfloat16: on a GPU that has it."""
-        auto = self.config.precision == "auto" and self.mean.device.type == "cuda"
-        return auto and torch.cuda.is_bf16_supported()
-
-    def _arithmetic(self) -> Any:
-        return torch.autocast("cuda", torch.bfloat16) if self.mixed else nullcontext()
-
     def fixed_tensors(self) -> Iterator[tuple[str, Tensor]]:
         live = {id(p) for p in self.clip.parameters() if p.requires_grad}
         for block in [*self.live["image"], *self.live["text"]]:
@@ -295,25 +406,11 @@ class ClipEncoder(Encoder):
         (B, w, h, h) of a ResNet.
         """
         visual = self.clip.visual
-        x = (self._cut(pixels).float() - self.mean) / self.spread
+        x = self._normalised(pixels)
         x = visual.stem(x) if _is_resnet(visual) else visual._embeds(x)
         for block in self.fixed["image"]:
             x = block(x)
         return x
-
-    def _cut(self, pixels: Tensor) -> Tensor:
-        """The centre, or in training with `augment` a random part, mirrored at random:
-        (B, 3, S, S).
-        """
-        size, room = self.size, pixels.shape[-1] - self.size
-        if not (self.training and self.config.augment):
-            return pixels[..., room // 2 : room // 2 + size, room // 2 : room // 2 + size]
-        corners = torch.randint(room + 1, (len(pixels), 2))
-        cut = torch.stack(
-            [x[:, i : i + size, j : j + size] for x, (i, j) in zip(pixels, corners, strict=True)]
-        )
-        mirrored = torch.rand(len(cut)) < 0.5
-        return torch.where(mirrored.to(cut.device).view(-1, 1, 1, 1), cut.flip(3), cut)
 
     def _image_end(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled [B, d] and patches [B, P, d] in the joint space."""

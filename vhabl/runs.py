@@ -76,7 +76,7 @@ def save(
     with atomic_path(folder / WEIGHTS_FILE) as path:
         save_file(tensors, str(path), metadata=header)
     write_json(folder / HISTORY_FILE, history)
-    if config.data.kind != "features":  # feature files come with their split
+    if config.data.has_files:  # arrays come with their split
         drawn = {"query": data.query.ids.tolist(), "train": data.train.ids.tolist()}
         write_json(folder / "split.json", drawn)
     write_json(folder / "environment.json", environment())

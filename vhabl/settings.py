@@ -20,9 +20,10 @@ class DataConfig:
     name: str = key("name of the data set, used in paths and tables")
     kind: str = key(
         "features (one .mat with I_tr ... L_te) | pairs (caption, index, label .mat) | "
-        "table (.csv, .tsv, .jsonl or .parquet with image, caption and labels)"
+        "table (.csv, .tsv, .jsonl or .parquet with image, caption and labels) | "
+        "npy (arrays of images, texts and labels, as HQ has them)"
     )
-    path: str = key("the feature file, the folder of the pair files, or the table")
+    path: str = key("the feature file, the folder of the pair or array files, or the table")
     scale: str = key(
         "scaling measured on the training items: standard (each feature) | "
         "global (one factor a modality) | none",
@@ -43,37 +44,49 @@ class DataConfig:
     class_names: list[str] = key("names of the classes, in label order", [])
     source: str = key("where the files come from; said when they are missing", "")
 
+    @property
+    def has_files(self) -> bool:
+        """Whether items are image files and captions; else they are rows of arrays."""
+        return self.kind in ("pairs", "table")
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
     name: str = key(
         "features (ready-made ones, or descriptors and words of pairs) | clip (towers on pixels "
-        "and tokens)",
+        "and tokens) | cnn (a network on pixels, and a bag of words)",
         "features",
     )
     model: str = key(
-        "clip: a name of open_clip's, or a JSON file that describes towers", "ViT-B-32-quickgelu"
+        "clip: a name of open_clip's, or a JSON file that describes towers; cnn: alexnet | vgg16",
+        "ViT-B-32-quickgelu",
     )
     weights: str = key(
         "clip: a file (OpenAI's archive, a state dict, safetensors, the weights of a run), a name "
-        "that open_clip downloads, such as openai, or empty: random",
+        "that open_clip downloads, such as openai, or empty: random; cnn: a file (a state dict of "
+        "torchvision's, safetensors), a name that it downloads, such as DEFAULT, or empty: random",
         "cache/ViT-B-32.pt",
     )
-    tune: str = key("clip: frozen | all | N (the last N blocks of both towers)", "frozen")
-    lr: float = key("clip: learning rate of what is tuned in the towers; 0 is optim.lr", 1e-6)
+    tune: str = key(
+        "clip, cnn: frozen | all | N (the last N blocks of both towers, or layers with weights of "
+        "the network)",
+        "frozen",
+    )
+    lr: float = key("clip, cnn: learning rate of what is tuned there; 0 is optim.lr", 1e-6)
     words: int = key("clip: tokens of a caption that are read, its two ends included", 32)
-    resize: int = key("clip: side to which images are resized; 0 is the towers' own", 0)
-    squeeze: bool = key("clip: squeeze images to a square; else the centre is cut out", False)
+    resize: int = key("clip, cnn: side to which images are resized; 0 is the network's own", 0)
+    squeeze: bool = key("clip, cnn: squeeze images to a square; else the centre is cut out", False)
     augment: bool = key(
-        "clip: mirror images at random in training, and cut at random where resize leaves room",
+        "clip, cnn: mirror images at random in training, and cut at random where resize leaves "
+        "room",
         False,
     )
     precision: str = key(
-        "clip: arithmetic on a GPU: auto (bfloat16 where it has it) | float32", "auto"
+        "clip, cnn: arithmetic on a GPU: auto (bfloat16 where it has it) | float32", "auto"
     )
-    cache: str = key("clip: folder of what frozen parts give; none computes it anew", "cache")
+    cache: str = key("clip, cnn: folder of what frozen parts give; none computes it anew", "cache")
     cache_precision: str = key(
-        "clip: what frozen parts give is rounded to: float16 | float32", "float16"
+        "clip, cnn: what frozen parts give is rounded to: float16 | float32", "float16"
     )
 
 

@@ -17,7 +17,9 @@ import numpy as np
 
 from vhabl.errors import fail, plural
 from vhabl.files import atomic_path
+from vhabl.types import Rows
 
+BLOCK = 1024  # items that a signature reads at once
 OWN_KEYS = ("signature", "first", "ids", "cut")  # of a shard; the others are views
 
 
@@ -84,7 +86,7 @@ def rows(count: int, batch: int, rank: int, size: int) -> slice:
 def signature(
     made_with: Iterable[str],
     ids: Sequence[str],
-    images: Sequence[Path] | np.ndarray | None,
+    images: Sequence[Path] | np.ndarray | Rows | None,
     texts: Sequence[str] | np.ndarray | None,
 ) -> str:
     """A short digest of what decides the codes of items: made_with, ids, texts and features as they
@@ -97,9 +99,10 @@ def signature(
         digest.update(content)
 
     for values in (made_with, ids, images, texts):
-        if isinstance(values, np.ndarray):
-            add(repr((values.shape, values.dtype.str)).encode())
-            add(np.ascontiguousarray(values).tobytes())
+        if isinstance(values, np.ndarray | Rows):
+            add(repr((values.shape, values[:0].dtype.str)).encode())
+            for start in range(0, len(values), BLOCK):
+                add(np.ascontiguousarray(values[start : start + BLOCK]).tobytes())
             continue
         listed = None if values is None else list(values)
         add(b"none" if listed is None else f"{len(listed)} values".encode())

@@ -248,7 +248,7 @@ class Trainer:
         fixed = self._fixed()
 
         def changing(model: HashingMethod) -> dict[str, torch.Tensor]:
-            """Without a frozen tower, which may be a hundred times the rest."""
+            """Without what is frozen, which may be a hundred times the rest."""
             return {n: t for n, t in model.state_dict().items() if n not in fixed}
 
         state = {
@@ -315,7 +315,7 @@ class Trainer:
         if state["begun_with"] != self.begun_with:
             fail(
                 self.state_path,
-                "a training that began with other towers",
+                "a training that began with other weights",
                 f"encoder.weights={self.config.encoder.weights} as it was then",
             )
         self._load(self.method, state["method"])

@@ -18,7 +18,7 @@ class Inputs:
 
     image: features [B, d_image] float32, or pixels [B, 3, S, S] uint8
     text:  features [B, d_text] float32, or token ids [B, L] int64 with zeros after the last one
-    None stands for a modality that the items do not have. What a frozen tower made of pixels or
+    None stands for a modality that the items do not have. What a frozen network made of pixels or
     tokens takes their place, float of any shape [B, ...].
     """
 
@@ -126,7 +126,7 @@ class Rows:
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         return self.store[self.first[rows]]
 
-    def take(self, rows: np.ndarray) -> Rows:
+    def take(self, rows: np.ndarray | slice) -> Rows:
         """The given items, unread."""
         return Rows(self.store, self.first[rows], None if self.count is None else self.count[rows])
 

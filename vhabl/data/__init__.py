@@ -11,7 +11,8 @@ import numpy as np
 
 from vhabl.data.features import load_features
 from vhabl.data.images import ImageFiles, rows_in_order
-from vhabl.data.pairs import Pairs, read_pairs, to_features, to_pixels_and_tokens
+from vhabl.data.npy import load_arrays
+from vhabl.data.pairs import Pairs, Roles, read_pairs, to_splits
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError, fail, plural
 from vhabl.files import locate
@@ -30,29 +31,28 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
     path = locate(config.path)
     if not path.exists():
         raise VhablError(missing_message(config))
-    towers = encoder is not None and encoder.name == "clip"
-    class_names, notes = config.class_names, list[str]()
-    vocabulary: tuple[str, ...] = ()
+    encoder = encoder or EncoderConfig()
+    class_names = config.class_names
     if config.kind == "features":
-        if towers:
+        if encoder.name != "features":
             fail(
                 "key encoder.name",
-                f"'clip' with a file of features ({config.path})",
+                f"{encoder.name!r} with a file of features ({config.path})",
                 "'features', or a data set of images and captions",
             )
-        train, database, query = load_features(path, config)
-        classes = train.labels.shape[1]
-        if class_names and len(class_names) != classes:
-            found = f"{len(class_names)} names"
-            fail("key data.class_names", found, f"{classes}, as labels have columns")
+        roles = Roles(load_features(path, config), (), [])
+    elif config.kind == "npy":
+        roles = load_arrays(path, config, encoder)
     else:
         pairs = items(config)
         class_names = pairs.class_names
-        if encoder is not None and towers:
-            train, database, query, notes = to_pixels_and_tokens(pairs, config, encoder)
-        else:
-            train, database, query, vocabulary = to_features(pairs, config)
-    notes += [
+        roles = to_splits(pairs, config, encoder)
+    train, database, query = roles.splits
+    classes = train.labels.shape[1]
+    if class_names and len(class_names) != classes:
+        found = f"{len(class_names)} names"
+        fail("key data.class_names", found, f"{classes}, as labels have columns")
+    unlabelled = [
         f"{role}: {plural(count, 'item')} without a label"
         for role, split in (("train", train), ("database", database), ("query", query))
         if (count := int((split.labels.sum(axis=1) == 0).sum()))
@@ -64,9 +64,9 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
         database,
         query,
         fingerprint,
-        tuple(notes),
+        (*roles.notes, *unlabelled),
         tuple(class_names),
-        vocabulary,
+        roles.vocabulary,
     )
 
 
@@ -86,30 +86,30 @@ def items(config: DataConfig, unlabelled: bool = False) -> Pairs:
 class Collection:
     """The items of a data set that a search would find, as `vhabl.Model.encode` takes them.
 
-    images: files, or features [N, d]; texts: captions, or features [N, d]; labels: [N, C] uint8;
-    class_names: C names, or numbers where the classes have none.
+    images: files, features [N, d], or pictures of arrays; texts: captions, or features [N, d];
+    labels: [N, C] uint8; class_names: C names, or numbers where the classes have none.
     """
 
     ids: list[str]
-    images: Sequence[Path] | np.ndarray
+    images: Sequence[Path] | np.ndarray | Rows
     texts: Sequence[str] | np.ndarray
     labels: np.ndarray
     class_names: list[str]
 
 
-def collection(config: DataConfig) -> Collection:
-    """All pairs of a data set, with or without a label, or the database of a feature file. Raises
-    VhablError as `load` does.
+def collection(config: DataConfig, encoder: EncoderConfig) -> Collection:
+    """All pairs of a data set, with or without a label, or the database of a feature file or of
+    arrays, as an encoder takes it. Raises VhablError as `load` does.
     """
-    if config.kind != "features":
+    if config.has_files:
         pairs = items(config, unlabelled=True)
         names = pairs.class_names or _numbers(pairs.labels)
         return Collection(pairs.ids, pairs.files, pairs.captions, pairs.labels, list(names))
-    data = load(config)
+    data = load(config, encoder)
     found = data.database
     ids = [f"item {number + 1}" for number in range(len(found))]
     names = list(data.class_names) or _numbers(found.labels)
-    return Collection(ids, found.image[:], found.text[:], found.labels, names)
+    return Collection(ids, found.image, found.text[:], found.labels, names)
 
 
 def _numbers(labels: np.ndarray) -> list[str]:
@@ -123,6 +123,12 @@ def missing_message(config: DataConfig) -> str:
         layout = (
             "one MATLAB 5 or 7.3 file with I_tr, T_tr, L_tr (training), I_db, T_db, L_db (database)"
             " and I_te, T_te, L_te (query): items x features, labels items x classes of 0 and 1"
+        )
+    elif config.kind == "npy":
+        layout = (
+            "a folder with {train,vali,test}_image.npy (pictures N x h x w x 3, or features), "
+            "{train,vali,test}_text.npy (features), train_image_label.npy, train_text_label.npy, "
+            "vali_label.npy and test_label.npy (labels items x classes of 0 and 1)"
         )
     elif config.kind == "table":
         layout = "a .csv, .tsv, .jsonl or .parquet table with image, caption and labels"
@@ -142,7 +148,7 @@ def missing_message(config: DataConfig) -> str:
 def _fingerprint(*splits: Split) -> str:
     """A short digest of the content: the same data from another file format has the same one.
 
-    Pictures that stay in their files would take an hour to read: all their sizes and the pixels of
+    Pictures that stay in their files would take an hour to read: the marks of all and the pixels of
     a sample stand for them.
     """
     digest = hashlib.sha256()  # in hardware where there is any
@@ -152,7 +158,7 @@ def _fingerprint(*splits: Split) -> str:
         for part in (split.image, split.text):
             rows = rows_in_order(len(split), 4096)
             if isinstance(part, Rows) and isinstance(part.store, ImageFiles):
-                digest.update(part.store.sizes(part.first).tobytes())
+                digest.update(part.store.marks(part.first).tobytes())
                 rows = [np.arange(0, len(split), max(1, len(split) // 256))]
             elif isinstance(part, Rows) and part.count is not None:  # all captions of the items
                 digest.update(np.ascontiguousarray(part.store[:]).tobytes())

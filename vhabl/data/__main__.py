@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=PATH")
     given = parser.parse_intermixed_args(arguments)
     config = load_data_config(given.config, given.overrides)
-    if config.kind == "features":
+    if not config.has_files:
         data = load(config)
         sizes = [len(split) for split in (data.train, data.database, data.query)]
         for text in data.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,45 +29,48 @@ def load_features(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
     if missing:
         found = ", ".join(sorted(read_mat(path))) or "nothing"
         fail(f"{path}: key {missing[0]}", f"only {found}", ", ".join(keys))
-    features = {k: _features(path, k, arrays.pop(k)) for k in keys if k[0] != "L"}
-    labels = _labels(path, {role: arrays[f"L_{role}"] for role in ROLES})
+
+    def where(key: str) -> str:
+        return f"{path}: key {key}"
+
+    features = {k: as_features(where(k), arrays.pop(k)) for k in keys if k[0] != "L"}
+    labels = as_labels(path, {f"L_{role}": arrays[f"L_{role}"] for role in ROLES}, where)
     for role in ROLES:
         rows = {f"{part}_{role}": len(features[f"{part}_{role}"]) for part in "IT"}
-        rows[f"L_{role}"] = len(labels[role])
-        if len(set(rows.values())) != 1:
-            found = ", ".join(f"{n} rows in {key}" for key, n in rows.items())
-            fail(path, found, "the same number")
+        require_same(path, "rows", rows | {f"L_{role}": len(labels[f"L_{role}"])})
     for part in "IT":
         widths = {f"{part}_{role}": features[f"{part}_{role}"].shape[1] for role in ROLES}
-        if len(set(widths.values())) != 1:
-            found = ", ".join(f"{n} columns in {key}" for key, n in widths.items())
-            fail(path, found, "the same number")
+        require_same(path, "columns", widths)
     train, database, query = (
         Split(
-            _content_ids(features[f"I_{role}"], features[f"T_{role}"]),
+            content_ids(features[f"I_{role}"], features[f"T_{role}"]),
             features[f"I_{role}"],
             features[f"T_{role}"],
-            labels[role],
+            labels[f"L_{role}"],
         )
         for role in ROLES
     )
     return train, database, query
 
 
-def _features(path: Path, key: str, values: np.ndarray) -> np.ndarray:
+def require_same(path: Path, what: str, counts: dict[str, int]) -> None:
+    """Raise VhablError unless the parts of a data set have as many rows, or columns."""
+    if len(set(counts.values())) != 1:
+        found = ", ".join(f"{n} {what} in {name}" for name, n in counts.items())
+        fail(path, found, "the same number")
+
+
+def as_features(where: object, values: np.ndarray) -> np.ndarray:
+    """Numbers [N, d] as float32. Raises VhablError, naming `where`, unless they are finite."""
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-        fail(
-            f"{path}: key {key}",
-            f"shape {values.shape} of type {values.dtype}",
-            "numbers, items x features",
-        )
+        fail(where, f"shape {values.shape} of type {values.dtype}", "numbers, items x features")
     with np.errstate(over="ignore"):  # what float32 cannot hold is reported below
         result = np.ascontiguousarray(values, dtype=np.float32)
     finite = np.isfinite(result)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
         fail(
-            f"{path}: key {key}",
+            where,
             f"{values[row, column]} in row {row + 1}, column {column + 1}"
             f" ({int((~finite).sum())} such values)",
             "finite numbers",
@@ -74,53 +78,57 @@ def _features(path: Path, key: str, values: np.ndarray) -> np.ndarray:
     return result
 
 
-def _labels(path: Path, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Labels of all roles as 0/1 matrices over one set of classes."""
-    for role, values in parts.items():
+def as_labels(
+    path: Path, parts: dict[str, np.ndarray], where: Callable[[str], object]
+) -> dict[str, np.ndarray]:
+    """Labels of all parts of a data set as 0/1 matrices [N, C] over one set of classes.
+
+    where: how messages name a part. Raises VhablError where labels are something else.
+    """
+    for name, values in parts.items():
         if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
             fail(
-                f"{path}: key L_{role}",
+                where(name),
                 f"shape {values.shape} of type {values.dtype}",
                 "numbers, items x classes, or one column of class numbers",
             )
     if all(1 in v.shape for v in parts.values()) and max(v.max() for v in parts.values()) > 1:
-        return _from_class_numbers(path, {r: v.reshape(-1) for r, v in parts.items()})
-    widths = {f"L_{role}": v.shape[1] for role, v in parts.items()}
-    if len(set(widths.values())) != 1:
-        found = ", ".join(f"{n} columns in {key}" for key, n in widths.items())
-        fail(path, found, "the same number")
-    for role, values in parts.items():
+        return _from_class_numbers({n: v.reshape(-1) for n, v in parts.items()}, where)
+    require_same(path, "columns", {name: v.shape[1] for name, v in parts.items()})
+    for name, values in parts.items():
         wrong = ~np.isin(values, (0, 1))
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             fail(
-                f"{path}: key L_{role}",
+                where(name),
                 f"{values[row, column]:g} in row {row + 1}, column {column + 1}",
                 "labels of 0 and 1, or one column of class numbers from 1",
             )
-    return {role: values.astype(np.uint8) for role, values in parts.items()}
+    return {name: values.astype(np.uint8) for name, values in parts.items()}
 
 
-def _from_class_numbers(path: Path, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for role, values in parts.items():
+def _from_class_numbers(
+    parts: dict[str, np.ndarray], where: Callable[[str], object]
+) -> dict[str, np.ndarray]:
+    for name, values in parts.items():
         wrong = ~np.isfinite(values) | (values != np.floor(values)) | (values < 1) | (values > 1e5)
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             fail(
-                f"{path}: key L_{role}",
+                where(name),
                 f"{values[row]:g} in row {row + 1}",
                 "one column of whole class numbers that begin at 1",
             )
     classes = int(max(v.max() for v in parts.values()))
     result = {}
-    for role, values in parts.items():
-        result[role] = np.zeros((len(values), classes), np.uint8)
-        result[role][np.arange(len(values)), values.astype(np.int64) - 1] = 1
+    for name, values in parts.items():
+        result[name] = np.zeros((len(values), classes), np.uint8)
+        result[name][np.arange(len(values)), values.astype(np.int64) - 1] = 1
     return result
 
 
-def _content_ids(image: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """Ids from the features' bytes: equal rows in two splits are taken for the same item."""
+def content_ids(image: Iterable[np.ndarray], text: np.ndarray) -> np.ndarray:
+    """Ids from the items' bytes: equal rows in two splits are taken for the same item."""
     return np.array(
         [
             hashlib.blake2b(i.tobytes() + t.tobytes(), digest_size=16).hexdigest()

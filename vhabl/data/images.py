@@ -97,10 +97,20 @@ class ImageFiles:
             found = list(pool.map(pixels, numbers.tolist()))
         return np.stack(found) if found else np.zeros((0, *self.shape[1:]), np.uint8)
 
-    def sizes(self, rows: np.ndarray) -> np.ndarray:
-        """Bytes of the given files, [N]; -1 where there is none (it is said when it is read)."""
+    def marks(self, rows: np.ndarray) -> np.ndarray:
+        """What tells the given pictures from others without decoding them, [N]: the bytes of the
+        files, -1 where there is none (it is said when it is read).
+        """
         files = [Path(str(self.files[row])) for row in rows.tolist()]
         return np.array([f.stat().st_size if f.is_file() else -1 for f in files], np.int64)
+
+    def state(self) -> bytes:
+        """What changes when any picture does: names, sizes and times of all files."""
+        lines = []
+        for file in (Path(str(name)) for name in self.files):
+            status = file.stat() if file.exists() else None  # a missing one is said when read
+            lines.append(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n")
+        return "".join(lines).encode()
 
     def in_memory(self) -> np.ndarray | ImageFiles:
         """All pixels where they are few, else this."""

@@ -1,7 +1,8 @@
 """Image-text pairs in the raw layout: caption.mat, index.mat, label.mat and a folder of images.
 
-What a method sees of them is either pixels and tokens, for towers, or simple features that are
-computed here: colour and shape descriptors of the image, a bag of the caption's words.
+What a method sees of them is pixels and tokens, for towers; pixels and a bag of the caption's
+words, for networks; or simple features alone: colour and shape descriptors of the image and that
+bag.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vhabl import openclip
+from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
 from vhabl.data.images import ImageFiles, open_image
 from vhabl.errors import VhablError, fail, plural
@@ -95,22 +96,39 @@ def draw(items: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.nda
     return rest[: config.train], rest, order[: config.query]
 
 
-def to_features(pairs: Pairs, config: DataConfig) -> tuple[Split, Split, Split, tuple[str, ...]]:
-    """Training items, database and queries with computed features, and the words that are counted.
+@dataclass(frozen=True)
+class Roles:
+    """Training items, database and queries as an encoder takes them."""
 
-    The words are those of the training captions alone. Raises VhablError where there are too few
-    items, or an image cannot be read.
+    splits: tuple[Split, Split, Split]
+    vocabulary: tuple[str, ...]  # the words that are counted, where they are
+    notes: list[str]
+
+
+def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Roles:
+    """Draw training items, database and queries: images as pixels or descriptors, captions as
+    tokens or a bag of the words that the training captions have.
+
+    Raises VhablError where there are too few items, or an image that is read here is missing or
+    damaged.
     """
-    train, database, query = draw(len(pairs.ids), config)
-    image = describe_images(pairs.files)
-    vocabulary = _vocabulary([pairs.captions[i] for i in train], config.min_count)
-    text = bag_of_words(pairs.captions, vocabulary)
+    rows = draw(len(pairs.ids), config)
     ids = np.array(pairs.ids)
-
-    def split(rows: np.ndarray) -> Split:
-        return Split(ids[rows], image[rows], text[rows], pairs.labels[rows])
-
-    return split(train), split(database), split(query), tuple(vocabulary)
+    image: np.ndarray | Rows
+    text: np.ndarray | Rows
+    vocabulary, notes = list[str](), list[str]()
+    if encoder.name == "features":
+        image = describe_images(pairs.files)
+    else:
+        image = Rows(pictures(pairs.files, config, encoder).in_memory(), np.arange(len(ids)))
+    if encoder.name == "clip":
+        text, notes = _tokens(pairs, encoder)
+    else:
+        vocabulary = _vocabulary([pairs.captions[i] for i in rows[0]], config.min_count)
+        text = bag_of_words(pairs.captions, vocabulary)
+    everything = Split(ids, image, text, pairs.labels)
+    train, database, query = (everything.take(some) for some in rows)
+    return Roles((train, database, query), tuple(vocabulary), notes)
 
 
 def describe_images(files: Sequence[Path | Image.Image]) -> np.ndarray:
@@ -120,17 +138,21 @@ def describe_images(files: Sequence[Path | Image.Image]) -> np.ndarray:
         return np.stack(list(described)).astype(np.float32)
 
 
-def to_pixels_and_tokens(
-    pairs: Pairs, config: DataConfig, encoder: EncoderConfig
-) -> tuple[Split, Split, Split, list[str]]:
-    """Training items, database and queries as the towers take them, and notes.
+def pictures(
+    files: Sequence[Path | Image.Image], config: DataConfig, encoder: EncoderConfig
+) -> ImageFiles:
+    """Images as the pixels that an encoder takes, read when they are indexed."""
+    return ImageFiles(files, picture_side(encoder), encoder.squeeze, config.workers)
 
-    Images are read here where they are few, else when a batch needs them. Raises VhablError where
-    there are too few items, or an image that is read here is missing or damaged.
-    """
-    train, database, query = draw(len(pairs.ids), config)
-    side = encoder.resize or openclip.picture_size(encoder.model)
-    pixels = ImageFiles(pairs.files, side, encoder.squeeze, config.workers).in_memory()
+
+def picture_side(encoder: EncoderConfig) -> int:
+    """Side of the pictures that an encoder of pixels is given."""
+    size = cnn.SIDE if encoder.name == "cnn" else openclip.picture_size(encoder.model)
+    return encoder.resize or size
+
+
+def _tokens(pairs: Pairs, encoder: EncoderConfig) -> tuple[Rows, list[str]]:
+    """All captions of each item as token ids, and notes."""
     counts = np.array([1 + len(others) for others in pairs.further])
     first = np.cumsum(counts) - counts
     captions = [
@@ -139,19 +161,13 @@ def to_pixels_and_tokens(
         for caption in (one, *others)
     ]
     tokens, too_long = openclip.tokenise(captions, encoder.words)
-    ids = np.array(pairs.ids)
-    image, text = Rows(pixels, np.arange(len(ids))), Rows(tokens, first, counts)
-
-    def split(rows: np.ndarray) -> Split:
-        return Split(ids[rows], image.take(rows), text.take(rows), pairs.labels[rows])
-
     empty = sum(not caption.strip() for caption in captions)
     notes = []
     if too_long:
         notes.append(f"{plural(too_long, 'caption')} longer than {encoder.words} tokens: cut")
     if empty:
         notes.append(f"{plural(empty, 'empty caption')}: kept, without a word")
-    return split(train), split(database), split(query), notes
+    return Rows(tokens, first, counts), notes
 
 
 def describe_pairs(pairs: Pairs) -> list[str]:

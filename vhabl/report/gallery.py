@@ -54,7 +54,7 @@ class Gallery:
         self.own = own_positions(data.query.ids, data.database.ids)
         self.pairs: dict[str, tuple[str, Path]] = {}
         names = config.class_names
-        if config.kind != "features":
+        if config.has_files:
             pairs = items(config)
             shown = zip(pairs.captions, pairs.files, strict=True)
             self.pairs = dict(zip(pairs.ids, shown, strict=True))

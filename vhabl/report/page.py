@@ -159,4 +159,6 @@ def describe_inputs(run: runs.Run) -> str:
     spec = run.method.spec
     if run.config.encoder.name == "clip":
         return f"pictures of side {spec.image_dim} and texts of {spec.text_dim} tokens"
+    if run.config.encoder.name == "cnn":
+        return f"pictures of side {spec.image_dim} and {spec.text_dim:,} words"
     return f"features of {spec.image_dim:,} (image) and {spec.text_dim:,} (text)"

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +94,7 @@ class Index:
         model = load_model(run, device)
         model.method.check_length(model.method.bits if bits is None else bits)
         config = model.run.config.data if data is None else load_data_config(data, overrides)
-        found = collection(config)
+        found = collection(config, model.run.config.encoder)
         centres = None
         if codes is not None:
             signs = read_codes(Path(codes), model, found.ids, bits)
@@ -107,8 +106,7 @@ class Index:
             second = centres is not None
             encoded = _encode(model, bits, second, found.images, found.texts, progress_bar)
         views = list(encoded.codes)
-        captions, paths = map(_caption, found.texts), map(_path, found.images)
-        items = Items(found.ids, list(captions), list(paths), found.labels)
+        items = _kept(found.ids, found.images, found.texts, found.labels)
         about = {
             "method": model.run.config.title,
             "task": model.method.task,
@@ -285,10 +283,9 @@ class Index:
                 if name not in names:
                     fail(f"labels of {ids[row]}", repr(name), "a class of the index")
                 matrix[row, names.index(name)] = 1
-        captions = [""] * len(ids) if texts is None else [_caption(text) for text in texts]
-        paths = [""] * len(ids) if images is None else [_path(image) for image in images]
+        kept = _kept(ids, images, texts, matrix)
         centres = self.model.method.codebook(self.engine.bits) if encoded.features else None
-        items = _with_choices(Items(list(ids), captions, paths, matrix), encoded, centres)
+        items = _with_choices(kept, encoded, centres)
         packed = {view: encoded.codes[view] for view in self.engine.views}
         self.engine = self.engine.add(packed, items)
         return self
@@ -342,9 +339,15 @@ def _importance(model: Model, bits: int) -> list[int] | None:
     return list(map(int, integer_weights(weights[:bits].cpu().numpy())[0]))
 
 
-def _caption(text: Any) -> str:
-    return text if isinstance(text, str) else ""  # features have none
+def _kept(
+    ids: Sequence[str], images: Images | None, texts: Texts | None, labels: np.ndarray
+) -> Items:
+    """What an index keeps of items: captions and paths of those that have some."""
+    blank = [""] * len(ids)
+    captions = list(texts) if isinstance(texts, Sequence) else blank
+    paths = [_path(image) for image in images] if isinstance(images, Sequence) else blank
+    return Items(list(ids), captions, paths, labels)
 
 
-def _path(image: Any) -> str:
+def _path(image: str | Path | Image.Image) -> str:
     return str(Path(image).resolve()) if isinstance(image, str | Path) else ""

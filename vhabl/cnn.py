@@ -1,0 +1,102 @@
+"""torchvision's networks for pictures, up to their second fully connected layer, and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vhabl import openclip
+from vhabl.errors import brief, fail
+from vhabl.files import locate
+
+NETWORKS = ("alexnet", "vgg16")
+SIDE = 224  # of the pictures that they were trained on
+MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colour channels
+
+
+def build_network(name: str, weights: str, option: str) -> nn.Module:
+    """A network that ends with its second fully connected layer, after the ReLU.
+
+    weights: a file, the name of weights that torchvision downloads, or empty for random ones;
+    option: what precedes them where the user gives them, for messages. Raises VhablError where
+    they are missing, damaged or of another network.
+    """
+    openclip.mend_torchvision()  # before anything here imports from it
+    from torchvision import models
+
+    network: Any = models.get_model(name, weights=None)
+    if weights:
+        known = models.get_model_weights(name)
+        path = locate(weights)
+        if path.is_file():
+            state, where = read_state(path), str(path)
+        elif weights in known.__members__:
+            entry = known[weights]
+            state, where = download(entry, option), f"weights {entry.name}"
+        else:
+            fail(
+                f"{option}{weights}",
+                "no such file",
+                f"a file such as {known['DEFAULT'].url}, or one of {', '.join(known.__members__)}",
+            )
+        check_state(network, state, where, name)
+        network.load_state_dict(state)
+    while not isinstance(network.classifier[-1], nn.ReLU):  # that of classes, a dropout
+        del network.classifier[-1]
+    return network
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors by name. Raises VhablError where the file holds something else."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise many types
+        fail(
+            path,
+            f"a damaged or foreign file ({brief(error)})",
+            "a state dict (.pth) or .safetensors",
+        )
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        fail(path, "something else than tensors by name", "a state dict")
+    return state
+
+
+def download(entry: Any, option: str) -> dict[str, Tensor]:
+    """Weights of torchvision's, from its server or from where an earlier download was kept."""
+    file = PurePosixPath(entry.url).name
+    try:
+        state: dict[str, Tensor] = entry.get_state_dict(
+            model_dir=openclip.WEIGHTS_FOLDER, check_hash=True, map_location="cpu",
+            weights_only=True,
+        )  # fmt: skip
+    except Exception as error:  # whatever a network raises
+        fail(
+            f"weights {entry.name}",
+            f"no whole file at {entry.url} ({brief(error)})",
+            f"a network, or that file brought here: {option}{file}",
+        )
+    return state
+
+
+def check_state(network: nn.Module, state: dict[str, Tensor], where: str, name: str) -> None:
+    """Raise VhablError, naming a tensor, unless the weights are the network's and finite."""
+    expected, wanted = network.state_dict(), f"the weights of {name}"
+    for key, tensor in expected.items():
+        if key not in state:
+            fail(where, f"no {key}", wanted)
+        if state[key].shape != tensor.shape:
+            shapes = [tuple(t.shape) for t in (state[key], tensor)]
+            fail(where, f"{key} of shape {shapes[0]}", f"{shapes[1]}, as {name} has")
+        if not torch.isfinite(state[key]).all():
+            fail(where, f"values in {key} that are not finite", "finite weights")
+    for key in state:
+        if key not in expected:
+            fail(where, f"an unknown {key}", wanted)
