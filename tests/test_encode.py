@@ -141,7 +141,12 @@ def test_a_model_of_pictures_in_arrays_encodes_files_and_arrays(
     (hit,) = index.search(image="query.png", top=1)
     distances = (found["i2t"].query[:1] != found["i2t"].database).sum(axis=1)
     assert hit.distance == distances.min()
-    assert index.store.segments[0].size == len(data.database)
+    assert len(index.engine) == len(data.database)
+    Path("d.yaml").write_text(f"name: arrays\nkind: npy\npath: {folder}\n", encoding="utf-8")
+    asked = ["--checkpoint", "run", "--data", "d.yaml", "--bits", "8", "--quiet"]
+    assert encode.main([*asked, "--out", "c.npz"]) == 0
+    other = Index.build("other", "run", "d.yaml", codes="c.npz")
+    assert other.search(image="query.png", top=9) == index.search(image="query.png", top=9)
 
 
 def test_a_model_of_features_in_arrays_encodes_arrays(tmp_path: Path) -> None:
