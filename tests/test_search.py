@@ -575,8 +575,18 @@ def test_a_graph_finds_nearly_all(clusters: np.ndarray, tmp_path: Path, mode: en
         return near
 
     found(made, 20)
+    whole_setting = 1.0 if mode == "ivf" else 4000.0
+    graph = made.segments[0].graph("fused", mode)
+    exact = made.scan("fused", pack(query), 64, 50)[0]
+    assert np.array_equal(
+        approximate.nearest(graph, pack(query), 50, whole_setting, None)[0], exact
+    )
+    few = approximate.nearest(graph, pack(signs(200, 64, 3)), 50, 0.0, None)[0]
+    assert not np.array_equal(few, made.scan("fused", pack(signs(200, 64, 3)), 64, 50)[0])
     # a rare label: what the graph met lacks most of it, and the exact scan answers
     assert len(found(made, 60, "label = 'rare'")[0]) == 60
+    some = approximate.nearest(graph, pack(query), 9, whole_setting, np.arange(4000) % 50 == 0)[1]
+    assert (some[some >= 0] % 50 == 0).all() and (some >= 0).any()
     changed = made.add({"fused": pack(clusters[:300])}, numbered(300, 4000))
     changed = changed.delete([str(n) for n in range(0, 4000, 2)])
     rows = found(store.Store(changed.folder), 30)
@@ -586,6 +596,37 @@ def test_a_graph_finds_nearly_all(clusters: np.ndarray, tmp_path: Path, mode: en
         [mode],
     )  # fmt: skip
     assert len(few.find(engine.Query("fused", pack(query), 64, 9, mode))[0]) == 3
+
+
+def test_modes_are_measured_by_the_queries_that_come(clusters: np.ndarray, tmp_path: Path) -> None:
+    """A view is asked with codes of the other one, which may lie elsewhere."""
+    about = {"views": ["image", "text"], "bits": 64, "class_names": []}
+    other = {"image": pack(clusters), "text": pack(signs(4000, 64, 9))}
+    bare = numbered(4000)
+    bare = engine.Items(bare.ids, bare.captions, bare.images, bare.labels[:, :0])
+    made = store.create(tmp_path / "i", about, other, bare, approximate.measure)
+    alone = store.create(tmp_path / "j", about | {"views": ["image"]}, {"image": other["image"]},
+                         bare, approximate.measure)  # fmt: skip
+    shares = [m.meta["recall"]["image"]["prefix"]["setting"] for m in (made, alone)]
+    assert shares[0] > 4 * shares[1]
+
+
+def test_the_centres_of_an_index_are_verified(folder: Path) -> None:
+    trained(folder, "hq", "out=run", "model.centres=16")
+    Index.build("index", "run", bits=8)
+    path = Path("index") / "centres.npy"
+    whole = path.read_bytes()
+    for content, message in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "centres.npy: found another checksum"),
+        (whole[:-1], "centres.npy: found .* bytes; expected the"),
+        (None, "centres.npy: found no such file"),
+    ):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(VhablError, match=message):
+            Index.open("index")
+        path.touch()
 
 
 def test_a_changed_graph_is_found_out(clusters: np.ndarray, tmp_path: Path) -> None:

@@ -196,12 +196,9 @@ def _arrays(packed: Packed) -> tuple[np.ndarray, ...]:
     return *(np.ascontiguousarray(a).view(np.ndarray) for a in arrays), table
 
 
-def use_threads(queries: int) -> None:
-    """As many threads as torch has, which `threads=` and OMP_NUM_THREADS set, and none without a
-    query of its own: to start one takes as long as to scan thousands of codes.
-    """
-    most = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(max(1, min(most, queries)))
+def use_threads() -> None:
+    """As many threads as torch has, which `threads=` and OMP_NUM_THREADS set."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 def histogram(packed: Packed) -> np.ndarray:
@@ -209,7 +206,7 @@ def histogram(packed: Packed) -> np.ndarray:
     narrow = packed.distances * packed.levels < 1 << 16
     levels = np.array([packed.levels], np.uint16 if narrow else np.uint32)
     with one_at_a_time:
-        use_threads(len(packed.query))
+        use_threads()
         counts = _histogram(*_arrays(packed), packed.distances, levels)
     return without_own(packed, counts.reshape(-1, packed.distances, packed.levels))
 
@@ -227,6 +224,6 @@ def ordered(packed: Packed, counts: np.ndarray, cuts: tuple[int, ...]) -> Ordere
         discounts(min(max(cuts, default=0), len(packed.database))),
     )
     with one_at_a_time:
-        use_threads(len(packed.query))
+        use_threads()
         precision, within, first, dcg = _ordered(*arguments)
     return Ordered(cuts, precision, within, first, dcg)

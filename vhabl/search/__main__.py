@@ -147,7 +147,7 @@ def explain(mode: str, setting: float) -> str:
         "prefix": f"compares {setting:.1%} of the items",
         "ivf": f"compares {setting:.1%} of the clusters",
         "hnsw": f"holds {setting:g} candidates",
-        "two-stage": f"ranks {setting:g} items, against a ranking by features",
+        "two-stage": f"compares {setting:.1%} of the items; of a ranking by features",
     }
     return said[mode]
 

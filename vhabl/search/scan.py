@@ -7,18 +7,14 @@ cut back to k by counting distances, so that no item is sorted but those returne
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, prange, uint64
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-from vhabl.metrics.kernel_numba import (
-    CHUNK,
-    by_word,
-    distances_of,
-    one_at_a_time,
-    popcount,
-    use_threads,
-    weight_table,
-)
+import numpy as np
+import torch
+from numba import njit, uint64
+
+from vhabl.metrics.kernel_numba import CHUNK, by_word, distances_of, popcount, weight_table
 
 PREFIX = 16  # bits that buckets are made of
 ALL = np.uint64(2**64 - 1)
@@ -75,9 +71,10 @@ def exact(
     some = _EVERY if allowed is None else allowed
     table = weight_table(weights, len(mask))
     farthest = bits if weights is None else int(weights.sum())
-    with one_at_a_time:
-        use_threads(len(query))
-        return _exact(query, database, mask, k, some, table, farthest)
+    found = in_parts(
+        lambda rows: _exact(query[rows], database, mask, k, some, table, farthest), len(query)
+    )
+    return found[0], found[1]
 
 
 def by_prefix(
@@ -99,24 +96,42 @@ def by_prefix(
     k, mask = min(top, len(database)), masks(bits)
     some = _EVERY if allowed is None else allowed
     own = query[:, 0] & np.uint64(2**PREFIX - 1)  # the first bits of a word are its lowest
-    with one_at_a_time:
-        use_threads(len(query))
-        return _by_prefix(query, own, database, mask, starts, k, budget, some, _BY_ONES)
+    found = in_parts(
+        lambda rows: _by_prefix(
+            query[rows], own[rows], database, mask, starts, k, budget, some, _BY_ONES
+        ),
+        len(query),
+    )
+    return found[0], found[1]
 
 
 def by_centres(features: np.ndarray, centres: np.ndarray, choices: np.ndarray) -> np.ndarray:
     """Inner products [Q, R] of features [Q, d] with the sums of centres [M, J, d] that choices
     [Q, R, M] name: the second stage of HQ. Of so few items no table of all centres is made.
     """
-    with one_at_a_time:
-        use_threads(len(features))
-        return _by_centres(features, centres, choices)
+    (found,) = in_parts(
+        lambda rows: (_by_centres(features[rows], centres, choices[rows]),), len(features)
+    )
+    return found
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=True)  # a sum in any order
+def in_parts(run: Callable[[slice], tuple[np.ndarray, ...]], queries: int) -> list[np.ndarray]:
+    """What `run` gives for rows of queries, joined: a part on each of torch's threads. A kernel
+    with threads of its own would start them for every chunk, which takes longer than one query.
+    """
+    threads = max(1, min(torch.get_num_threads(), queries))
+    if threads == 1:
+        return list(run(slice(None)))
+    ends = np.linspace(0, queries, threads + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads) as pool:  # the kernels leave the interpreter's lock
+        parts = list(pool.map(run, map(slice, ends, ends[1:])))
+    return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+
+
+@njit(cache=True, nogil=True, fastmath=True)  # a sum in any order
 def _by_centres(features: np.ndarray, centres: np.ndarray, choices: np.ndarray) -> np.ndarray:
     found = np.empty(choices.shape[:2], np.float32)
-    for q in prange(len(features)):
+    for q in range(len(features)):
         for r in range(choices.shape[1]):
             total = np.float32(0)
             for m in range(choices.shape[2]):
@@ -170,7 +185,7 @@ def _sorted(
         out_distance[at], out_row[at] = distance[i], row[i]
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _exact(
     query: np.ndarray, database: np.ndarray, masks: np.ndarray, k: int, allowed: np.ndarray,
     table: np.ndarray, farthest: int,
@@ -184,14 +199,14 @@ def _exact(
     found_distance = np.full((len(query), k), -1, np.int32)
     found_row = np.full((len(query), k), -1, np.int64)
     words = np.empty((query.shape[1], CHUNK), np.uint64)
+    bins = np.empty(far, np.int64)
+    near = np.empty(CHUNK, np.int32)
     for start in range(0, len(database), CHUNK):
         n = min(CHUNK, len(database) - start)
         by_word(database[:, : len(masks)], start, n, words)
         if masks[-1] != ALL:
             words[-1, :n] &= masks[-1]
-        for q in prange(len(query)):
-            bins = np.empty(far, np.int64)
-            near = np.empty(CHUNK, np.int32)
+        for q in range(len(query)):
             distances_of(query[q], words, table, n, near)
             count, limit = counts[q], limits[q]
             for i in range(n):
@@ -201,14 +216,13 @@ def _exact(
                     if count == room:
                         count, limit = _cut(distance[q], row[q], count, k, bins)
             counts[q], limits[q] = count, limit
-    for q in prange(len(query)):
-        bins = np.empty(far, np.int64)
+    for q in range(len(query)):
         count, _ = _cut(distance[q], row[q], counts[q], k, bins)
         _sorted(distance[q], row[q], count, bins, found_distance[q], found_row[q])
     return found_distance, found_row
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _by_prefix(
     query: np.ndarray, query_prefix: np.ndarray, database: np.ndarray, masks: np.ndarray,
     starts: np.ndarray, k: int, budget: int, allowed: np.ndarray, by_ones: np.ndarray,
@@ -217,9 +231,9 @@ def _by_prefix(
     far = 64 * width + 1
     found_distance = np.full((len(query), k), -1, np.int32)
     found_row = np.full((len(query), k), -1, np.int64)
-    for q in prange(len(query)):
-        distance, row = np.empty(room, np.int32), np.empty(room, np.int64)
-        bins = np.empty(far, np.int64)
+    distance, row = np.empty(room, np.int32), np.empty(room, np.int64)
+    bins = np.empty(far, np.int64)
+    for q in range(len(query)):
         count, limit, seen = 0, far, 0
         own = np.int64(query_prefix[q])
         for change in by_ones:

@@ -252,7 +252,7 @@ class Store:
         if mode == "two-stage":
             assert query.features is not None
             found, scores = self.two_stage(
-                view, query.packed, query.features, query.top, self._setting(view, "prefix"), chosen
+                view, query.packed, query.features, query.top, self._setting(view, mode), chosen
             )
         else:
             setting = 1.0 if mode in ("exact", "weighted") else self._setting(view, mode)
@@ -292,16 +292,16 @@ class Store:
         packed: np.ndarray,
         features: np.ndarray,
         top: int,
-        by_prefix: float,
+        setting: float,
         chosen: Sequence[np.ndarray | None] | None = None,
     ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-        """The nearest by distance, found by prefix at the setting `by_prefix`, and ranked by the
+        """The nearest by distance, found by prefix, and ranked by the
         inner products of features [Q, bits] with the centres of items: what `scan` gives, and the
         scores [Q, top].
         """
         assert self.centres is not None
         shortlist = self.shortlist(top)
-        found = self.scan(view, packed, self.bits, shortlist, "prefix", by_prefix, chosen)
+        found = self.scan(view, packed, self.bits, shortlist, "prefix", setting, chosen)
         choices = np.zeros((*found[2].shape, len(self.centres)), np.uint16)
         for number, segment in enumerate(self.segments):
             here = (found[1] == number) & (found[2] >= 0)
