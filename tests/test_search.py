@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,28 @@ def test_the_scan_by_weights_equals_a_sort(bits: int) -> None:
     rows = np.argsort(distance, axis=1, kind="stable")[:, :30]
     assert np.array_equal(found[1], rows)
     assert np.array_equal(found[0], np.take_along_axis(distance, rows, axis=1))
+
+
+def test_queries_on_several_threads_are_answered_alike() -> None:
+    query, database = pack(signs(7, 64, 1)), pack(signs(900, 64, 2))
+    order, starts = scan.buckets(database)
+    words = scan.to_words(query), scan.to_words(database[order])
+    features = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    centres = np.random.default_rng(1).normal(size=(2, 9, 5)).astype(np.float32)
+    choices = np.random.default_rng(2).integers(0, 9, (7, 4, 2))
+    sums = centres[0][choices[..., 0]] + centres[1][choices[..., 1]]
+    alone = None
+    for threads in (1, 3, 16):
+        torch.set_num_threads(threads)
+        found = (
+            *scan.exact(*words, 64, 20),
+            *scan.by_prefix(*words, starts, 64, 20, 100),
+            scan.by_centres(features, centres, choices),
+        )
+        alone = alone or found
+        for one, other in zip(alone, found, strict=True):
+            assert one.shape == other.shape and np.array_equal(one, other)
+    assert np.allclose(found[-1], np.einsum("qd,qrd->qr", features, sums), atol=1e-5)
 
 
 def test_a_scan_of_many_chunks() -> None:
@@ -586,7 +609,7 @@ def test_a_graph_finds_nearly_all(clusters: np.ndarray, tmp_path: Path, mode: en
     # a rare label: what the graph met lacks most of it, and the exact scan answers
     assert len(found(made, 60, "label = 'rare'")[0]) == 60
     some = approximate.nearest(graph, pack(query), 9, whole_setting, np.arange(4000) % 50 == 0)[1]
-    assert (some[some >= 0] % 50 == 0).all() and (some >= 0).any()
+    assert (some[some >= 0] % 50 == 0).all() and (some >= 0).any() and some.shape == (5, 9)
     changed = made.add({"fused": pack(clusters[:300])}, numbered(300, 4000))
     changed = changed.delete([str(n) for n in range(0, 4000, 2)])
     rows = found(store.Store(changed.folder), 30)
@@ -676,12 +699,66 @@ def test_the_second_stage_ranks_by_the_centres(folder: Path) -> None:
 def test_a_second_stage_ranks_a_shortlist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(folder, "hq", "out=run", "model.centres=16")
     index = Index.build("index", "run")
-    monkeypatch.setattr("vhabl.search.store.SHORTLIST", 7)
-    exact = index.search(text="a red picture", top=7)
-    hits = index.search(text="a red picture", top=5, mode="two-stage")
-    assert {h.id for h in hits} <= {h.id for h in exact} and len(hits) == 5
-    scores = [h.score for h in index.search(text="a red picture", top=7, mode="two-stage")]
-    assert [h.score for h in hits] == scores[:5] == sorted(scores, reverse=True)[:5]
+    monkeypatch.setattr("vhabl.search.store.SHORTLIST", 20)
+    for colour in COLOURS:
+        text = f"a {colour} picture"
+        exact = index.search(text=text, top=20)
+        hits = index.search(text=text, top=3, mode="two-stage")
+        assert {h.id for h in hits} <= {h.id for h in exact} and len(hits) == 3
+        scores = [h.score for h in index.search(text=text, top=20, mode="two-stage")]
+        assert [h.score for h in hits] == scores[:3] == sorted(scores, reverse=True)[:3]
+
+
+def staged(folder: Path, codes: np.ndarray) -> tuple[store.Store, np.ndarray]:
+    """An index with centres, and its items' features in its own order: each item chooses the
+    centre of its cluster, and the centre 0 that none chooses is far out.
+    """
+    rng = np.random.default_rng(1)
+    features = codes * rng.uniform(0.5, 2, codes.shape).astype(np.float32)
+    centres = np.concatenate([np.full((1, 64), 50, np.float32), features[:200]])[None]
+    nearest_one = (features @ centres[0, 1:].T).argmax(axis=1)[:, None] + 1
+    items = numbered(len(codes))
+    items = engine.Items(items.ids, items.captions, items.images, items.labels,
+                         {"fused": nearest_one.astype(np.uint8)})  # fmt: skip
+    order, _ = scan.buckets(pack(codes))
+    about = {"views": ["fused"], "bits": 64, "class_names": ["rare"]}
+    made = store.create(
+        folder, about, {"fused": pack(codes)}, items,
+        partial(approximate.measure, features={"fused": features[order]}), centres=centres,
+    )  # fmt: skip
+    return made, features
+
+
+def test_a_second_stage_compares_what_it_must(tmp_path: Path) -> None:
+    """The smallest share that loses no more than a hundredth, and no smaller one."""
+    codes = signs(4000, 64, 3)
+    made, features = staged(tmp_path / "i", codes)
+    said = made.meta["recall"]["fused"]["two-stage"]
+    order, _ = scan.buckets(pack(codes))
+    rows = np.random.default_rng(0).choice(4000, 200, False)  # the sample of an index
+    asked, own = pack(codes[order][rows]), features[order]
+    scores = own[rows] @ own.T
+    last = np.sort(scores, axis=1)[:, -10, None]
+
+    def recall(setting: float) -> float:
+        (_, _, hits), _ = made.two_stage("fused", asked, own[rows], 10, setting)
+        return float((np.take_along_axis(scores, hits, axis=1) >= last).mean())
+
+    assert said["recall"] == recall(said["setting"]) >= recall(1.0) - 0.01
+    smaller = approximate.SHARES[: approximate.SHARES.index(said["setting"])]
+    assert smaller and all(recall(setting) < recall(1.0) - 0.01 for setting in smaller)
+    assert recall(smaller[0]) < said["recall"] < 1
+
+
+def test_what_a_filter_leaves_out_takes_no_part_in_a_second_stage(
+    clusters: np.ndarray, tmp_path: Path
+) -> None:
+    made, _ = staged(tmp_path / "i", clusters[:100])
+    wanted = parse("label = 'rare'", ["rare"])
+    asked = engine.Query("fused", pack(clusters[:1]), 64, 2, "two-stage", wanted,
+                         np.ones((1, 64), np.float32))  # fmt: skip
+    (hits,) = made.find(asked)
+    assert {h.id for h in hits} == {"0", "50"} and all(h.score < 64 * 50 for h in hits)
 
 
 def test_a_query_may_be_an_item(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -702,6 +779,13 @@ def test_a_query_may_be_an_item(folder: Path, capsys: pytest.CaptureFixture[str]
         index.search(like="nothing")
     with pytest.raises(VhablError, match="query: found an item beside a text or an image"):
         index.search(like="4.png", text="a")
+
+
+def test_a_graph_compares_whole_codes(index: Index) -> None:
+    made = Index.build("graphs", "run", graphs=["ivf"])
+    assert len(made.search(text="a", mode="ivf")) == 10
+    with pytest.raises(VhablError, match="key bits: found 8; expected 16: mode ivf of this index"):
+        made.search(text="a", mode="ivf", bits=8)
 
 
 # -- Milvus ----------------------------------------------------------------------------------------
@@ -754,6 +838,7 @@ def test_milvus_adds_and_deletes(collection: milvus.Collection) -> None:
     codes = two_views(40, 7)
     changed = collection.add(packed(codes), items(40, 60)).delete(["id 3 \u00e9", "id 70 \u00e9"])
     assert len(changed) == 98
+    assert len({hit.id for hit in changed.some(9)}) == 9
     hit, own = changed.item("id 60 \u00e9")
     assert hit.image == "60.png" and hit.labels == ("a", "b", "c")
     assert all(np.array_equal(own[v], pack(codes[v][:1])[0]) for v in codes)
