@@ -937,8 +937,14 @@ def test_milvus_from_the_commands(
     ):
         with pytest.raises(VhablError, match=message):
             Index.open("m").search(text="a", **options)
-    with pytest.raises(VhablError, match="key graphs: found ivf; expected none"):
-        Index.build("n", "run", engine="milvus", graphs=["ivf"])
+    for given, message in (
+        ({"engine": "milvus", "graphs": ["ivf"]}, "key graphs: found ivf; expected none"),
+        ({"graphs": ["tree"]}, "key graphs: found 'tree'; expected ivf or hnsw"),
+        ({"uri": "x.db"}, "key uri: found 'x.db'; expected none but"),
+        ({"engine": "other"}, "key engine: found 'other'; expected folder or milvus"),
+    ):
+        with pytest.raises(VhablError, match=message):
+            Index.build("n", "run", **given)
 
 
 def test_an_index_is_built_of_codes_that_were_written(folder: Path) -> None:

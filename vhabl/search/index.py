@@ -91,6 +91,11 @@ class Index:
             fail("key engine", repr(engine), " or ".join(ENGINES))
         if engine == "milvus" and graphs:
             fail("key graphs", " and ".join(graphs), "none: Milvus has indexes of its own")
+        for kind in graphs:
+            if kind not in approximate.GRAPHS:
+                fail("key graphs", repr(kind), " or ".join(approximate.GRAPHS))
+        if uri and engine != "milvus":
+            fail("key uri", repr(uri), "none but for the engine milvus")
         model = load_model(run, device)
         model.method.check_length(model.method.bits if bits is None else bits)
         config = model.run.config.data if data is None else load_data_config(data, overrides)
@@ -344,7 +349,9 @@ def _kept(
 ) -> Items:
     """What an index keeps of items: captions and paths of those that have some."""
     blank = [""] * len(ids)
-    captions = list(texts) if isinstance(texts, Sequence) else blank
+    captions = blank
+    if isinstance(texts, Sequence):
+        captions = [text if isinstance(text, str) else "" for text in texts]
     paths = [_path(image) for image in images] if isinstance(images, Sequence) else blank
     return Items(list(ids), captions, paths, labels)
 

@@ -295,9 +295,8 @@ class Store:
         setting: float,
         chosen: Sequence[np.ndarray | None] | None = None,
     ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-        """The nearest by distance, found by prefix, and ranked by the
-        inner products of features [Q, bits] with the centres of items: what `scan` gives, and the
-        scores [Q, top].
+        """The nearest by distance, found by prefix, and ranked by the inner products of features
+        [Q, bits] with the centres of items: what `scan` gives, and the scores [Q, top].
         """
         assert self.centres is not None
         shortlist = self.shortlist(top)
