@@ -449,6 +449,19 @@ def test_an_upload_in_the_browser(tab: Any, base: str, index: Index, root: Path)
     assert captions(tab) == [h.caption or h.id for h in hits]
     assert tab.inner_text("#chosen-name") == "4.png"
     tab.wait_for_url("**code=**")
+    tab.goto(base)
+    tab.wait_for_selector(".card")
+    dropped = tab.evaluate_handle(
+        """bytes => { const data = new DataTransfer();
+                      data.items.add(new File([new Uint8Array(bytes)], "dropped.png"));
+                      return data; }""",
+        list(file.read_bytes()),
+    )
+    tab.dispatch_event("#drop", "drop", {"dataTransfer": dropped})
+    answered(tab)
+    assert tab.inner_text("#chosen-name") == "dropped.png"
+    assert captions(tab) == [h.caption or h.id for h in hits]
+    tab.wait_for_url("**code=**")
     tab.goto(tab.url)
     answered(tab)
     assert captions(tab) == [h.caption or h.id for h in hits]
