@@ -44,7 +44,7 @@ while [[ $# -gt 0 ]]; do
 done
 if [[ ${#recipes[@]} -eq 0 ]]; then
     if [[ $data == emoji ]]; then
-        recipes=(nested_mlp hiamh vh_abl hq hiamh_clip vh_abl_clip pghmh cmcl)
+        recipes=(nested_mlp hiamh vh_abl hq vh_abl_clip pghmh cmcl)
     elif [[ $protocol == own ]]; then
         recipes=(hiamh vh_abl pghmh cmcl) # as published: HIAMH and VH-ABL on CNN features
     else
