@@ -402,6 +402,7 @@ def test_a_search_by_text_and_its_link(tab: Any, base: str, index: Index) -> Non
     tab.goto(base)
     tab.wait_for_selector(".card")
     assert tab.locator(".card").count() == page.BEGIN
+    assert tab.inner_text("h1") == "emoji" and "60 items, codes of" in tab.inner_text("#about")
     assert "True labels were used to train" in tab.inner_text("#footer")
     assert index.engine.meta["run"] in tab.inner_text("#footer")
     tab.fill("#text", "a red picture")

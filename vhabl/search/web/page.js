@@ -41,9 +41,9 @@ async function begin() {
   const answer = await fetch("api/info");
   info = await answer.json();
   if (!answer.ok) throw new Error(info.error);
-  document.title = `${info.index} - vhabl search`;
-  $("title").textContent = info.index;
-  $("about").textContent = `${plural(info.items, "item")} of ${info.data}, codes of ` +
+  document.title = `${info.data} - vhabl search`;
+  $("title").textContent = info.data;
+  $("about").textContent = `${plural(info.items, "item")}, codes of ` +
     `${info.method} (${info.views.join(" and ")}, ${info.lengths.at(-1)} bits)`;
   $("footer").textContent = `Run: ${info.run}. True labels were used to train this model; a code ` +
     "is made from a picture and a text alone. Labels here only filter and mark what was found.";
