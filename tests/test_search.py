@@ -20,6 +20,7 @@ from vhabl.data import items as read_items
 from vhabl.data import load as load_data
 from vhabl.data.pairs import Pairs
 from vhabl.errors import VhablError
+from vhabl.files import alone
 from vhabl.metrics import integer_weights
 from vhabl.search import Index, __main__, approximate, engine, milvus, scan, store
 from vhabl.search.where import parse
@@ -299,6 +300,22 @@ def test_an_id_is_free_again_when_its_item_is_deleted(small: store.Store) -> Non
         small.delete(["id 7 \u00e9"])
     small = small.add(packed(two_views(1, 3)), items(1, 7))
     assert small.locate("id 7 \u00e9") == (1, 0) and len(small) == 60
+
+
+def test_what_two_processes_add_is_kept(small: store.Store) -> None:
+    """Each opened the index before the other changed it."""
+    other = store.Store(small.folder)
+    small.add(packed(two_views(5, 3)), items(5, 60))
+    other = other.delete(["id 7 \u00e9"]).add(packed(two_views(5, 4)), items(5, 70))
+    assert len(other) == 69 and other.locate("id 61 \u00e9") and other.locate("id 71 \u00e9")
+    with pytest.raises(VhablError, match="id 62 \u00e9: found an item"):
+        small.add(packed(two_views(1, 3)), items(1, 62))
+    for change in (
+        lambda: small.add(packed(two_views(1, 3)), items(1, 99)),
+        lambda: small.delete(["id 8 \u00e9"]),
+    ):
+        with alone(small.folder), pytest.raises(VhablError, match="found another process that wr"):
+            change()
 
 
 def fails(_: store.Store) -> dict[str, object]:

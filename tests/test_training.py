@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import pytest
 import torch
 from helpers import small_config
 
-from vhabl import runs, train
+from vhabl import errors, runs, train
 from vhabl.config import build_method, override
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
-from vhabl.errors import VhablError
+from vhabl.errors import Stopped, VhablError
 from vhabl.evaluator import batches_in_order, code_tasks
+from vhabl.files import alone
 from vhabl.methods.nested_mlp import NestedMLP
 from vhabl.optim import WeightMean, build_optimizer, set_rate
 from vhabl.settings import OptimConfig
@@ -103,6 +106,64 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     resumed = Trainer(override(part, ["resume=true"]), data, False)
     assert same(expected, weights(resumed.run()))
     assert resumed.progress.history == whole.progress.history
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("epoch", [1, 3, 4, 6])
+def test_a_run_that_is_asked_to_stop_stores_its_epoch(
+    feature_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    epoch: int,
+) -> None:
+    """No epoch is lost, however seldom the state is stored; resumed, it ends as any other."""
+    config = small_config(feature_file, "vh_abl", "save_every=100")
+    data = load_data(config.data)
+    expected = weights(Trainer(override(config, ["out=whole"]), data, False).run())
+    real, done = Trainer._train_epoch, 0
+
+    def asked(self: Trainer) -> dict[str, float]:
+        nonlocal done
+        done += 1
+        if done == epoch:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is before  # once more stops at once
+        return real(self)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(Trainer, "_train_epoch", asked)
+    part = override(config, ["out=part"])
+    with pytest.raises(
+        Stopped, match=r"stopped after epoch \d of \d \((select|final)\); res"
+    ) as left:
+        Trainer(part, data, False).run()
+    assert done == epoch and left.value.code == 128 + number
+    assert f"note: {number.name}: stops after this epoch" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+    resumed = Trainer(override(part, ["resume=true"]), data, False)
+    assert same(expected, weights(resumed.run()))
+    assert done == len(resumed.progress.history)  # none was trained twice
+
+
+def test_a_stop_is_a_message_and_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: list[str]) -> int:
+        raise Stopped("stopped after epoch 3", signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        errors.run(main)
+    assert left.value.code == 143 and capsys.readouterr().err == "stopped after epoch 3\n"
+
+
+def test_a_folder_has_one_training_at_a_time(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "out=run", "epochs=1")
+    data = load_data(config.data)
+    with alone(Path("run")), pytest.raises(VhablError, match="run: found another process that wri"):
+        train.train(config, data, progress_bar=False)
+    assert list(Path("run").iterdir()) == []
+    train.train(config, data, progress_bar=False)
+    with alone(Path("run")):  # it was let go of
+        pass
 
 
 def test_resume_names_the_key_that_differs(feature_file: Path) -> None:

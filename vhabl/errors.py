@@ -16,6 +16,14 @@ class VhablError(Exception):
     """Something the user can mend: names the file or key, what was found and what was expected."""
 
 
+class Stopped(Exception):
+    """Work that was asked to stop and stored what it had. code: the exit code of such an end."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal
+
+
 def fail(where: object, found: str, expected: str) -> NoReturn:
     """Raise a `VhablError` in the project's one form: where, what was found, what was expected."""
     raise VhablError(f"{where}: found {found}; expected {expected}")
@@ -65,6 +73,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except OSError as error:
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        code = stopped.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -8,6 +8,7 @@ from vhabl import codes, errors, runs
 from vhabl.config import Config, describe_keys, load, recipes, to_yaml
 from vhabl.data import load as load_data
 from vhabl.evaluator import Record, code_tasks, real_valued_records, records, with_one_modality
+from vhabl.files import alone
 from vhabl.report import print_table
 from vhabl.trainer import STATE_FILE, Trainer
 from vhabl.types import Dataset
@@ -63,6 +64,12 @@ def train(config: Config, data: Dataset, progress_bar: bool = True) -> list[Reco
     for needed in (folder, config.code_folder):
         if needed is not None:
             needed.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        return _train(trainer)
+
+
+def _train(trainer: Trainer) -> list[Record]:
+    config, data, folder = trainer.config, trainer.data, trainer.config.run_folder
     method = trainer.run()
     seen = trainer.data  # with what a frozen encoder made of it
     found = code_tasks(method, seen, config.bits)

@@ -23,11 +23,12 @@ from vhabl.config import Config, build_method, first_difference, from_yaml, to_y
 from vhabl.data import validation_split
 from vhabl.data.images import read
 from vhabl.encoders import digest_of
-from vhabl.errors import VhablError, brief, fail
+from vhabl.errors import Stopped, VhablError, brief, fail
 from vhabl.evaluator import batches_in_order, validation_score
 from vhabl.files import atomic_path
 from vhabl.methods.base import HashingMethod
 from vhabl.optim import WeightMean, build_optimizer, set_rate
+from vhabl.stopping import StopRequests
 from vhabl.types import Batch, Dataset, Inputs, Rows
 
 STATE_FILE = "state.pt"
@@ -149,7 +150,7 @@ class Trainer:
         )
         # Epochs after the saved state are trained again: their points are purged from the log.
         log = SummaryWriter(str(self.log_folder / progress.phase), purge_step=progress.epoch + 1)
-        with bar, log:
+        with bar, log, StopRequests("this epoch") as requests:
             while progress.epoch < self.epochs and not self._stopped():
                 terms = self._train_epoch()
                 progress.epoch += 1
@@ -165,8 +166,11 @@ class Trainer:
                     shown["best"] = f"{progress.best_score:.4f}@{progress.best_epoch}"
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
-                if progress.epoch % config.save_every == 0:
+                if progress.epoch % config.save_every == 0 or requests.signal:
                     self._save_state()
+                if requests.signal:
+                    done = f"epoch {progress.epoch} of {self.epochs} ({progress.phase})"
+                    raise Stopped(f"stopped after {done}; resume=true goes on", requests.signal)
         if self.held_out is not None and not progress.best_epoch:  # fewer epochs than `every`
             progress.history[-1]["validation"] = self._validate()
 

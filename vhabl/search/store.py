@@ -24,7 +24,7 @@ import numpy as np
 
 from vhabl.errors import fail, plural
 from vhabl.evaluator import SHORTLIST
-from vhabl.files import atomic_path, write_json
+from vhabl.files import alone, atomic_path, write_json
 from vhabl.search import approximate, scan
 from vhabl.search.engine import (
     FORMAT,
@@ -386,8 +386,14 @@ class Store:
     # -- changes -----------------------------------------------------------------------------------
 
     def add(self, codes: dict[str, np.ndarray], items: Items) -> Store:
-        """The store with more items. Raises VhablError for an id that there is already."""
+        """The store with more items, and with what others changed since it was opened. Raises
+        VhablError for an id that there is already, and while another process changes it.
+        """
         check_ids(items.ids)
+        with alone(self.folder):
+            return Store(self.folder)._add(codes, items)
+
+    def _add(self, codes: dict[str, np.ndarray], items: Items) -> Store:
         for identity in items.ids:
             if self.locate(identity) is not None:
                 refuse_id(self.folder, identity, there=True)
@@ -401,9 +407,14 @@ class Store:
         return Store(self.folder)
 
     def delete(self, ids: Sequence[str]) -> Store:
-        """The store without these items. Raises VhablError, and deletes none, for an id that there
-        is not.
+        """The store without these items, and with what others changed since it was opened. Raises
+        VhablError, and deletes none, for an id that there is not, and while another process changes
+        it.
         """
+        with alone(self.folder):
+            return Store(self.folder)._delete(ids)
+
+    def _delete(self, ids: Sequence[str]) -> Store:
         dead: dict[int, list[int]] = {}
         for identity in ids:
             found = self.locate(identity)
