@@ -40,7 +40,6 @@ class StopRequests:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
