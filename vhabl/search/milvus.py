@@ -304,6 +304,7 @@ def is_file(address: str) -> bool:
 
 def connect(address: str) -> Any:
     """A client. Raises VhablError where the package is missing or nothing answers in time."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors are raised as well
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the embedded engine's own
