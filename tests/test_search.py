@@ -652,6 +652,31 @@ def test_modes_are_measured_by_the_queries_that_come(clusters: np.ndarray, tmp_p
     assert shares[0] > 4 * shares[1]
 
 
+def test_a_description_without_a_mode_offers_none(clusters: np.ndarray, tmp_path: Path) -> None:
+    about = {"views": ["fused"], "bits": 64, "class_names": ["rare"]}
+    made = store.create(tmp_path / "i", about, {"fused": pack(clusters)}, numbered(4000),
+                        approximate.measure, ["ivf"])  # fmt: skip
+    assert made.modes == ("exact", "prefix", "ivf")
+    file = tmp_path / "i" / "index.json"
+    whole = json.loads(file.read_text())
+    measured = whole["recall"]["fused"]
+    for recall, modes in (
+        ({}, ("exact",)),
+        ({"fused": {"ivf": measured["ivf"]}}, ("exact", "ivf")),
+    ):
+        file.write_text(json.dumps(whole | {"recall": recall}))
+        assert store.Store(tmp_path / "i").modes == modes
+    for recall in (
+        {"fused": {"ivf": {"setting": "all"}}},
+        {"fused": {"ivf": {}}},
+        [],
+        {"fused": 3},
+    ):
+        file.write_text(json.dumps(whole | {"recall": recall}))
+        with pytest.raises(VhablError, match=r"index\.json: found a damaged description"):
+            store.Store(tmp_path / "i")
+
+
 def test_the_centres_of_an_index_are_verified(folder: Path) -> None:
     trained(folder, "hq", "out=run", "model.centres=16")
     Index.build("index", "run", bits=8)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from vhabl.errors import brief, fail
+from vhabl.search.engine import Mode
 
 if TYPE_CHECKING:
     from vhabl.search.store import Store
@@ -25,7 +26,7 @@ GRAPHS: tuple[Graph, ...] = get_args(Graph)
 RECALL, RECALL_AT, SAMPLE = 0.99, 100, 200  # what is wanted, of so many nearest, on so many items
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the items, or of the clusters
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)  # candidates that a graph's search holds
-SETTINGS: dict[str, Sequence[float]] = {"prefix": SHARES, "ivf": SHARES, "hnsw": WIDTHS}
+SETTINGS: dict[Mode, Sequence[float]] = {"prefix": SHARES, "ivf": SHARES, "hnsw": WIDTHS}
 NEIGHBOURS = 32  # of an item in a graph
 PER_CLUSTER = 39  # FAISS asks for so many items to place a cluster
 TWO_STAGE_AT, LOST = (
@@ -108,7 +109,7 @@ def measure(store: Store, features: dict[str, np.ndarray] | None = None) -> dict
         farthest = store.scan(view, packed, store.bits, top)[0][:, -1:]
         found[view] = {}
         for mode, settings in SETTINGS.items():
-            if mode not in store.modes:
+            if mode in GRAPHS and mode not in store.meta["graphs"]:
                 continue
             for setting in settings:
                 near = store.scan(view, packed, store.bits, top, mode, setting)[0]

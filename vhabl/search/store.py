@@ -238,9 +238,9 @@ class Store:
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        there = {"exact", "prefix", *self.meta.get("graphs", [])}
+        measured = [set(self.meta.get("recall", {}).get(view, ())) for view in self.views]
+        there = {"exact"}.union(set.intersection(*measured))
         there |= {"weighted"} if self.meta.get("importance") else set()
-        there |= {"two-stage"} if self.centres is not None else set()
         return tuple(mode for mode in MODES if mode in there)
 
     def find(self, query: Query) -> list[list[Hit]]:
@@ -497,6 +497,10 @@ def _check(meta: dict[str, Any]) -> None:
     for part in meta["segments"].values():
         if not {"items", "alive", "files"} <= part.keys():
             raise ValueError("a segment without items, alive and files")
+    for view, modes in meta.get("recall", {}).items():
+        for mode, found in modes.items():
+            if not isinstance(found["setting"], int | float):
+                raise ValueError(f"a setting of {mode} on {view} that is no number")
 
 
 def _check_size(path: Path, expected: Sequence[int]) -> None:
