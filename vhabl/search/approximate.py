@@ -29,10 +29,8 @@ WIDTHS = (16, 32, 64, 128, 256, 512, 1024)  # candidates that a graph's search h
 SETTINGS: dict[Mode, Sequence[float]] = {"prefix": SHARES, "ivf": SHARES, "hnsw": WIDTHS}
 NEIGHBOURS = 32  # of an item in a graph
 PER_CLUSTER = 39  # FAISS asks for so many items to place a cluster
-TWO_STAGE_AT, LOST = (
-    10,
-    0.01,
-)  # ranks that a second stage is judged by, and what it may lose of them
+TWO_STAGE_AT = 10  # the ranks that a second stage is judged by
+LOST = 0.01  # what it may lose of them
 
 
 def build(packed: np.ndarray, kind: Graph) -> Any:

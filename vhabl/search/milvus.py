@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from vhabl.search.engine import (
 )
 from vhabl.search.store import hashes
 from vhabl.search.where import Filter
+
+T = TypeVar("T")
 
 EMBEDDED = "milvus.db"  # beside index.json, where no address was given
 TIMEOUT = 10.0  # seconds that a server has to answer the first call
@@ -164,9 +166,8 @@ class Collection:
         """Which of the ids there are."""
         found: set[str] = set()
         with said(self.address):
-            for start in range(0, len(ids), BATCH):
-                rows = self.client.get(self.name, list(ids[start : start + BATCH]), ["id"])
-                found |= {row["id"] for row in rows}
+            for some in in_batches(ids):
+                found |= {row["id"] for row in self.client.get(self.name, some, ["id"])}
         return found
 
     def add(self, codes: dict[str, np.ndarray], items: Items) -> Collection:
@@ -181,8 +182,8 @@ class Collection:
                     self.client.insert(self.name, rows)
         except BaseException:
             with contextlib.suppress(Exception):
-                for start in range(0, sent, BATCH):
-                    self.client.delete(self.name, ids=list(items.ids[start : start + BATCH]))
+                for some in in_batches(items.ids[:sent]):
+                    self.client.delete(self.name, ids=some)
             raise
         return self
 
@@ -192,8 +193,8 @@ class Collection:
             if identity not in there:
                 refuse_id(self.folder, identity, there=False)
         with said(self.address):
-            for start in range(0, len(ids), BATCH):
-                self.client.delete(self.name, ids=list(ids[start : start + BATCH]))
+            for some in in_batches(ids):
+                self.client.delete(self.name, ids=some)
         return self
 
 
@@ -269,7 +270,12 @@ def batches(codes: dict[str, np.ndarray], items: Items) -> list[list[dict[str, A
                      f"at most {LONGEST:,} bytes, which Milvus holds")  # fmt: skip
         row["bucket"] = int(buckets[n])
         rows.append(row | {field_of(view): packed[n].tobytes() for view, packed in codes.items()})
-    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    return in_batches(rows)
+
+
+def in_batches(values: Sequence[T]) -> list[list[T]]:
+    """What is sent at once, one part after another."""
+    return [list(values[start : start + BATCH]) for start in range(0, len(values), BATCH)]
 
 
 def expression(wanted: Filter, negated: bool = False) -> str:

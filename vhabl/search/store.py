@@ -90,6 +90,7 @@ class Segment:
         choices = [view for view in views if f"choices_{view}.npy" in meta["files"]]
         self.choices = {view: array(f"choices_{view}") for view in choices}
         self._graphs: dict[tuple[str, str], Any] = {}
+        self._places: dict[str, np.ndarray] = {}
         self.id_hash, self.id_row = array("id_hash"), array("id_row")
         self.texts = {name: Texts(folder, name) for name in TEXTS}
         self.alive = None if meta["alive"] is None else np.asarray(array(meta["alive"]))
@@ -104,9 +105,10 @@ class Segment:
         """Codes of items [n], as bytes [n, B]."""
         rows = items
         if view in self.rows:
-            place = np.empty(self.size, np.int64)
-            place[self.rows[view]] = np.arange(self.size)
-            rows = place[items]
+            if view not in self._places:  # once: every picture of the page asks for an item
+                self._places[view] = np.empty(self.size, np.uint32)
+                self._places[view][self.rows[view]] = np.arange(self.size, dtype=np.uint32)
+            rows = self._places[view][items]
         bytes_of = np.ascontiguousarray(self.words[view][rows]).view(np.uint8)
         return np.ascontiguousarray(bytes_of[:, : self.widths[view]])
 
