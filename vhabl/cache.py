@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from vhabl import openclip
 from vhabl.data.images import ImageFiles, read, rows_in_order
 from vhabl.encoders import Encoder, PixelEncoder
-from vhabl.errors import brief, note
+from vhabl.errors import brief, fail, note
 from vhabl.files import atomic_path
 from vhabl.settings import EncoderConfig
 from vhabl.types import Dataset, Rows, Split, Store
@@ -52,11 +53,18 @@ def frozen_outputs(
     content = "tokens" if encoder.gives_tokens else "pooled"
     name = f"{data.name}-{openclip.name_of(config.model)}-{depth}-{content}.h5"
     path = Path(config.cache) / name
+    here = encoder.ranks
     kept = _open(path, made_with, stores)
-    if kept is None:
-        _write(path, encoder, stores, made_with, progress_bar)
+    if here.gather(kept is None)[0]:
+        if here.rank == 0:
+            _write(path, encoder, stores, made_with, progress_bar)
+        else:
+            for view, store in stores.items():
+                deque(_outputs(encoder, view, store), 0)  # rank 0 takes them
+        here.gather(None)  # it is written
         kept = _open(path, made_with, stores)
-        assert kept is not None, path
+    if kept is None:
+        fail(path, "no such file on one of the machines", "a folder that all of them share")
 
     def swap(split: Split) -> Split:
         own = {view: getattr(split, view) for view in stores}
@@ -173,14 +181,17 @@ def _write(
 
 @torch.no_grad()
 def _outputs(encoder: PixelEncoder, view: str, store: Store) -> Iterator[np.ndarray]:
-    """What the frozen part gives for every row of a store, in batches."""
+    """What the frozen part gives for every row of a store, in batches, of which each rank computes
+    its share.
+    """
+    here = encoder.ranks
     device, count = encoder.mean.device, store.shape[0]
-    rows = rows_in_order(count, encoder.batch)
+    shares = [here.part(rows) for rows in rows_in_order(count, encoder.batch)]
     nothing = np.zeros((count, 0), np.int64)
     every = Rows(store, np.arange(count))
     image, text = (every, nothing) if view == "image" else (nothing, every)
     whole = Split(np.arange(count), image, text, np.zeros((count, 0), np.uint8))
-    for inputs in read(whole, rows):
+    for inputs in read(whole, shares):
         found: Tensor | None = getattr(encoder.frozen(inputs.only(view).to(device)), view)
         assert found is not None
-        yield found.cpu().numpy()
+        yield here.whole(found, here.counts(len(found))).cpu().numpy()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vhabl import cnn, openclip
 from vhabl.errors import fail
+from vhabl.ranks import ALONE, GlobalBatchNorm, Ranks
 from vhabl.settings import EncoderConfig
 from vhabl.types import DataSpec, Embeddings, Inputs, Split
 
@@ -26,9 +27,26 @@ class Encoder(nn.Module):
     batch = 2048  # items encoded at once; part of the protocol, so that results repeat
     gives_tokens = False  # patches and words beside the pooled vectors, all in one joint space
     cacheable = False  # whether a part of it never changes, so that its outputs can be kept
+    ranks = ALONE  # that have a share of each batch
 
     def forward(self, inputs: Inputs) -> Embeddings:
         raise NotImplementedError
+
+    def share_out(self, ranks: Ranks) -> None:
+        """Divide the work on each batch among ranks. The default leaves all of it to each of them:
+        scaling ready-made features takes less time than sending them.
+        """
+
+    def of_batch(self, inputs: Inputs) -> Embeddings:
+        """Embeddings of a whole batch, of which `inputs` are this rank's share (`Ranks.part`)."""
+        here = self.ranks
+        if here.size == 1:
+            return cast(Embeddings, self(inputs))
+        with here.own_stream(next(self.buffers()).device) if self.training else nullcontext():
+            share: Embeddings = self(inputs)
+        counts = here.counts(len(inputs))
+        parts = {name: part for name, part in vars(share).items() if part is not None}
+        return replace(share, **{name: here.whole(part, counts) for name, part in parts.items()})
 
     def fit(self, train: Split, kind: str) -> None:
         """Measure on the training items what the encoder needs to know. Default: nothing."""
@@ -140,6 +158,11 @@ class PixelEncoder(Encoder):
         for name, values in zip(("mean", "spread"), channels, strict=True):
             scaled = 255 * torch.tensor(values).view(3, 1, 1)
             self.register_buffer(name, scaled, persistent=False)
+
+    def share_out(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        if ranks.size > 1:
+            GlobalBatchNorm.convert(self, ranks)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The tuned part, with the rate `encoder.lr`."""

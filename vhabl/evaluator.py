@@ -67,10 +67,13 @@ def shown(method: str, oracle_labels: bool) -> str:
 
 
 def batches_in_order(method: HashingMethod, split: Split) -> Iterator[Batch]:
-    """All items in their order, in batches of a fixed size, on the method's device."""
+    """All items in their order, in batches of a fixed size, on the method's device. Among ranks
+    that share out the encoder's work, inputs are those of this rank's share.
+    """
     device = next(method.parameters()).device
     rows = rows_in_order(len(split), method.encoder.batch)
-    for index, inputs in zip(rows, read(split, rows), strict=True):
+    shares = [method.encoder.ranks.part(index) for index in rows]
+    for index, inputs in zip(rows, read(split, shares), strict=True):
         labels = torch.from_numpy(split.labels[index]).float()
         yield Batch(inputs.to(device), labels.to(device), torch.from_numpy(index).to(device))
 

@@ -1,4 +1,5 @@
-"""The processes that torchrun starts for one command: which of them this is, and errors they share.
+"""The processes that torchrun starts for one command: which of them this is, what they send each
+other, and how they end together.
 
 Without torchrun there is one rank, and nothing here changes what a command does.
 """
@@ -7,17 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from vhabl.errors import EXIT_USER_ERROR, VhablError, describe_os_error, fail
+from vhabl.errors import Stopped, VhablError, describe_os_error, fail
 
 T = TypeVar("T")
 
@@ -40,7 +43,7 @@ class Ranks:
         return f"cuda:{self.local}" if own else name
 
     def everywhere(self, step: Callable[[], T]) -> T:
-        """What `step` gives on this rank, once it has ended on all. Only rank 0 prints.
+        """What `step`, in which nothing is sent, gives on this rank once it has ended on all.
 
         Raises VhablError on rank 0 where the step failed on any rank; the others leave without a
         word and with exit code 0, as torchrun stops all ranks at the first that fails: it has to be
@@ -50,8 +53,7 @@ class Ranks:
             return step()
         error: VhablError | OSError | SystemExit | None = None
         try:
-            with _muted(self.rank > 0):
-                result = step()
+            result = step()
         except (VhablError, OSError, SystemExit) as caught:  # the last one is argparse's
             error = caught
         message = describe_os_error(error) if isinstance(error, OSError) else str(error)
@@ -65,32 +67,181 @@ class Ranks:
         raise VhablError(next(text for text in messages if text is not None))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order, once all have come here.
-
-        Raises VhablError on rank 0 where a rank died.
-        """
+        """The values of all ranks, in their order, once all have come here."""
         found = [value] * self.size
-        if self.size == 1:
-            return found
-        try:
-            dist.all_gather_object(found, value)
-        except RuntimeError:  # a connection was closed
-            if self.rank > 0:
-                sys.exit(EXIT_USER_ERROR)
-            fail("processes", "one that died", f"all {self.size} to the end: run the command again")
+        if self.size > 1:
+            with self._all_alive():
+                dist.all_gather_object(found, value)
         return found
+
+    def part(self, rows: Any) -> Any:
+        """This rank's share of the rows of a batch, an array or a tensor: a piece of them, as long
+        as those of the others or one longer or shorter.
+        """
+        begin, end = self._piece(len(rows), self.rank)
+        return rows[begin:end]
+
+    def counts(self, rows: int) -> list[int]:
+        """How many rows of a batch each rank has; rows: this one's."""
+        if self.size == 1:
+            return [rows]
+        found = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
+        with self._all_alive():
+            dist.all_gather(found, torch.tensor(rows))  # on the CPU: no GPU is waited for
+        return [int(count) for count in found]
+
+    def whole(self, part: Tensor, counts: list[int]) -> Tensor:
+        """All rows [B, ...] of a batch from this rank's share of them. A gradient goes back to the
+        rank that has the row, and once: it is of one loss, which every rank computes of all rows.
+        """
+        if self.size == 1:
+            return part
+        if part.dtype == torch.bool:  # which not every backend sends
+            return self.whole(part.byte(), counts).bool()
+        whole: Tensor = _Whole.apply(part, counts, self)
+        return whole
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, and of the gradients that come back."""
+        total: Tensor = x if self.size == 1 else _Total.apply(x, self)
+        return total
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients of parameters that each rank has used for its share of a batch."""
+        if self.size > 1:
+            self._at_once(dist.all_reduce, [p.grad for p in parameters if p.grad is not None])
+
+    def agree(self, module: nn.Module) -> None:
+        """Take over the parameters and buffers of rank 0."""
+        if self.size > 1:
+            tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
+            self._at_once(lambda t, async_op: dist.broadcast(t, 0, async_op=async_op), tensors)
+
+    @contextmanager
+    def own_stream(self, device: torch.device) -> Iterator[None]:
+        """Random numbers of this rank's own; the stream that all ranks share goes on as one."""
+        if self.size == 1:
+            yield
+            return
+        seed = int(torch.randint(2**62, ()))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + self.rank)
+            yield
+
+    def _piece(self, count: int, rank: int) -> tuple[int, int]:
+        return count * rank // self.size, count * (rank + 1) // self.size
+
+    def _at_once(self, send: Callable[..., Any], tensors: list[Tensor]) -> None:
+        with self._all_alive():
+            for work in [send(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    @contextmanager
+    def _all_alive(self) -> Iterator[None]:
+        """Raises VhablError where a rank died while another one waits for it."""
+        try:
+            yield
+        except RuntimeError:  # a connection was closed
+            fail("processes", "one that died", f"all {self.size} to the end: run the command again")
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, counts: list[int], here: Ranks) -> Tensor:
+        ctx.begin, ctx.end = sum(counts[: here.rank]), sum(counts[: here.rank + 1])
+        own = part.new_zeros(max(counts), *part.shape[1:])  # what all can gather is of one size
+        own[: len(part)] = part
+        padded = [torch.empty_like(own) for _ in counts]
+        with here._all_alive():
+            dist.all_gather(padded, own)
+        return torch.cat([rows[:count] for rows, count in zip(padded, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0][ctx.begin : ctx.end], None, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, here: Ranks) -> Tensor:
+        ctx.here = here
+        total = x.clone()
+        with here._all_alive():
+            dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.here.total(gradients[0]), None
+
+
+ALONE = Ranks()
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch normalisation by the statistics of the whole batch, of which each rank has a share, on
+    any device (torch's own SyncBatchNorm is for GPUs alone).
+    """
+
+    ranks: Ranks
+
+    @classmethod
+    def convert(cls, module: nn.Module, here: Ranks) -> None:
+        """Make every batch normalisation below a module one of these, its tensors as they are."""
+        for part in module.modules():
+            if isinstance(part, _BatchNorm):
+                part.__class__ = cls
+                part.ranks = here  # type: ignore[assignment]
+
+    def _check_input_dim(self, input: Tensor) -> None:  # any will do
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        x = wide.transpose(0, 1).flatten(1)  # [C, all else]
+        count = self.ranks.total(x.new_tensor(x.shape[1]))
+        mean = self.ranks.total(x.sum(dim=1)) / count
+        variance = self.ranks.total((x - mean.unsqueeze(1)).square().sum(dim=1)) / count
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        scale = (variance + self.eps).rsqrt()
+        y = (wide - mean.view(shape)) * scale.view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among those that torchrun started, connected to the others."""
+    """This process among those that torchrun started, connected to the others. Only rank 0 prints.
+
+    An error that ends one rank while others wait for what it sends is said by that rank, and those
+    that its end reaches leave without a word.
+    """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        yield Ranks()
+        yield ALONE
         return
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    every_gpu = gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if every_gpu else "gloo",
+        store=store, rank=rank, world_size=size, timeout=PATIENCE,
+    )  # fmt: skip
     try:
-        yield Ranks(rank, size, local)
+        with _muted(rank > 0):
+            yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]))
+    except (VhablError, OSError, Stopped):
+        if store.add("ranks that met an error", 1) > 1:
+            sys.exit(0)
+        raise
     finally:
         dist.destroy_process_group()
 

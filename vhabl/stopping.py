@@ -16,11 +16,13 @@ class StopRequests:
     """While this is entered, the first request is kept in `signal` and said; work goes on to where
     it can be stored. The second one ends the process as ever.
 
-    what: what is finished first, for the message. Only the main thread can be asked.
+    what: what is finished first, for the message. said: False where a request is no user's word:
+    torchrun asks the other processes so when one ends. Only the main thread can be asked.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, said: bool = True) -> None:
         self.what = what
+        self.said = said
         self.signal = 0  # the number of the signal, once there was one
         self._before: dict[int, Any] = {}
 
@@ -44,4 +46,5 @@ class StopRequests:
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
-        note(f"{signal.Signals(number).name}: stops after {self.what}; once more stops at once")
+        if self.said:
+            note(f"{signal.Signals(number).name}: stops after {self.what}; once more stops at once")

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 
 from vhabl import codes, errors, runs
 from vhabl.config import Config, describe_keys, load, recipes, to_yaml
 from vhabl.data import load as load_data
 from vhabl.evaluator import Record, code_tasks, real_valued_records, records, with_one_modality
 from vhabl.files import alone
+from vhabl.ranks import ALONE, Ranks, joined
 from vhabl.report import print_table
 from vhabl.trainer import STATE_FILE, Trainer
 from vhabl.types import Dataset
 
 
 def main(arguments: list[str]) -> int:
+    with joined() as here:
+        asked = here.everywhere(lambda: _prepare(arguments))
+        if asked is None:
+            return 0
+        given, config, data = asked
+        rows = train(config, data, not given.quiet, here)
+    if rows and not given.no_table:
+        print_table(rows)
+    if here.rank == 0:
+        print(f"run folder: {config.run_folder}")
+        if config.code_folder is not None:
+            print(f"code files: {config.code_folder}")
+    return 0
+
+
+def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset] | None:
+    """What is asked for, the recipe and its data; None where it was to print something."""
     parser = argparse.ArgumentParser(
         prog="python -m vhabl.train",
         add_help=False,
@@ -37,34 +56,38 @@ def main(arguments: list[str]) -> int:
         print(parser.format_help())
         print("keys, with [default]; data=NAME reads configs/data/NAME.yaml:")
         print(describe_keys(method))
-        return 0
+        return None
     if not given.config:
         known = ", ".join(map(str, recipes()))
         errors.fail("argument --config", "nothing", f"a recipe: {known}")
     config = load(given.config, given.overrides)
     if given.print_config:
         print(to_yaml(config), end="")
-        return 0
+        return None
     data = load_data(config.data, config.encoder)
     for text in data.notes:
         errors.note(text)
-    rows = train(config, data, progress_bar=not given.quiet)
-    if not given.no_table:
-        print_table(rows)
-    print(f"run folder: {config.run_folder}")
-    if config.code_folder is not None:
-        print(f"code files: {config.code_folder}")
-    return 0
+    return given, config, data
 
 
-def train(config: Config, data: Dataset, progress_bar: bool = True) -> list[Record]:
-    """Train, encode queries and database at every length, write codes and the run folder."""
+def train(
+    config: Config, data: Dataset, progress_bar: bool = True, here: Ranks = ALONE
+) -> list[Record]:
+    """Train, encode queries and database at every length, write codes and the run folder. Of
+    several ranks only rank 0 writes and has records.
+    """
     folder = config.run_folder
-    trainer = Trainer(config, data, progress_bar)
-    for needed in (folder, config.code_folder):
-        if needed is not None:
-            needed.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    trainer = Trainer(config, data, progress_bar, here)
+
+    def hold() -> None:
+        for needed in (folder, config.code_folder):
+            if needed is not None:
+                needed.mkdir(parents=True, exist_ok=True)
+        if here.rank == 0:
+            held.enter_context(alone(folder))
+
+    with ExitStack() as held:
+        here.everywhere(hold)
         return _train(trainer)
 
 
@@ -74,6 +97,9 @@ def _train(trainer: Trainer) -> list[Record]:
     seen = trainer.data  # with what a frozen encoder made of it
     found = code_tasks(method, seen, config.bits)
     everything = with_one_modality(method, seen, found)
+    if trainer.here.rank > 0:
+        return []
+    method.encoder.share_out(ALONE)
     rows = records(config.title, seen, everything, config.seed, "curves")
     rows += real_valued_records(method, seen, config.bits, config.seed, title=config.title)
     if config.code_folder is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from zipfile import ZipFile
@@ -28,6 +29,7 @@ from vhabl.evaluator import batches_in_order, validation_score
 from vhabl.files import atomic_path
 from vhabl.methods.base import HashingMethod
 from vhabl.optim import WeightMean, build_optimizer, set_rate
+from vhabl.ranks import ALONE, Ranks
 from vhabl.stopping import StopRequests
 from vhabl.types import Batch, Dataset, Inputs, Rows
 
@@ -65,13 +67,21 @@ def pick_device(name: str) -> torch.device:
 
 
 class Trainer:
-    """Trains one method on one data set in one run folder."""
+    """Trains one method on one data set in one run folder.
 
-    def __init__(self, config: Config, data: Dataset, progress_bar: bool = True) -> None:
+    Of several ranks, each reads and encodes its share of a batch, and computes the loss of all of
+    it: whatever a loss or a layer takes over items is taken over the whole batch, on any number of
+    ranks. They draw the same random numbers and hold the same weights; rank 0 decides and writes.
+    """
+
+    def __init__(
+        self, config: Config, data: Dataset, progress_bar: bool = True, here: Ranks = ALONE
+    ) -> None:
         self.config = config
+        self.here = here
         self.data = data  # later with what a frozen encoder makes of it
         self.spec = data.spec
-        self.device = pick_device(config.device)
+        self.device = pick_device(here.device(config.device))
         self.progress_bar = progress_bar
         self.state_path = config.run_folder / STATE_FILE
         self.log_folder = config.run_folder / "tensorboard"
@@ -97,7 +107,8 @@ class Trainer:
             self.progress = Progress(**saved["progress"])
         while True:
             self._begin_phase()
-            if saved is None and not self.progress.history:  # nothing before this was refused
+            begins = saved is None and not self.progress.history  # and nothing was refused
+            if begins and self.here.rank == 0:
                 shutil.rmtree(self.log_folder, ignore_errors=True)
             if saved is not None:
                 self._restore(saved)
@@ -119,6 +130,7 @@ class Trainer:
         method = build_method(config, self.spec)
         self.begun_with = digest_of(method.encoder.state_dict().items())
         method.to(self.device)
+        method.encoder.share_out(self.here)
         self.data = frozen_outputs(method.encoder, self.data, config.encoder, self.progress_bar)
         self.held_out = (
             validation_split(self.data, v.fraction, v.seed) if phase == "select" else None
@@ -148,9 +160,7 @@ class Trainer:
             unit="epoch",
             disable=not self.progress_bar,
         )
-        # Epochs after the saved state are trained again: their points are purged from the log.
-        log = SummaryWriter(str(self.log_folder / progress.phase), purge_step=progress.epoch + 1)
-        with bar, log, StopRequests("this epoch") as requests:
+        with bar, self._log() as log, StopRequests("this epoch", self.here.size == 1) as requests:
             while progress.epoch < self.epochs and not self._stopped():
                 terms = self._train_epoch()
                 progress.epoch += 1
@@ -159,20 +169,30 @@ class Trainer:
                     row["validation"] = self._validate()
                 progress.history.append(row)
                 for name, value in row.items():
-                    if isinstance(value, float):
+                    if log is not None and isinstance(value, float):
                         log.add_scalar(name, value, progress.epoch)
                 shown = {"loss": f"{terms['loss']:.3f}"}
                 if progress.best_epoch:
                     shown["best"] = f"{progress.best_score:.4f}@{progress.best_epoch}"
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
-                if progress.epoch % config.save_every == 0 or requests.signal:
+                asked = max(self.here.gather(requests.signal))
+                if progress.epoch % config.save_every == 0 or asked:
                     self._save_state()
-                if requests.signal:
+                if asked:
                     done = f"epoch {progress.epoch} of {self.epochs} ({progress.phase})"
-                    raise Stopped(f"stopped after {done}; resume=true goes on", requests.signal)
+                    raise Stopped(f"stopped after {done}; resume=true goes on", asked)
         if self.held_out is not None and not progress.best_epoch:  # fewer epochs than `every`
             progress.history[-1]["validation"] = self._validate()
+
+    def _log(self) -> SummaryWriter | nullcontext[None]:
+        """Where losses are logged. Epochs after the saved state are trained again: their points are
+        purged.
+        """
+        if self.here.rank > 0:
+            return nullcontext()
+        folder = self.log_folder / self.progress.phase
+        return SummaryWriter(str(folder), purge_step=self.progress.epoch + 1)
 
     def _stopped(self) -> bool:
         patience = self.config.validation.patience
@@ -194,6 +214,8 @@ class Trainer:
             loss = torch.stack(list(terms.values())).sum()
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            encoder = self.method.encoder
+            encoder.ranks.sum_gradients(encoder.parameters())
             if self.config.optim.clip:
                 torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip)
             self.optimizer.step()
@@ -202,6 +224,7 @@ class Trainer:
             for name, value in {**terms, "loss": loss}.items():
                 total[name] = total.get(name, 0) + value.detach()
         self.method.after_epoch()
+        self.here.agree(self.method)  # rounding may differ where a device's sums have no order
         means = {name: float(value) / len(batches) for name, value in total.items()}
         if not all(map(_is_finite, means.values())):
             bad = ", ".join(n for n, v in means.items() if not _is_finite(v))
@@ -216,22 +239,24 @@ class Trainer:
         return isinstance(self.train.text, Rows) and self.train.text.count is not None
 
     def _inputs(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Inputs]]:
-        """The rows of each batch, and their inputs."""
+        """The rows of each batch, and the inputs of those that are this rank's share."""
+        part = self.method.encoder.ranks.part
         if self.resident is not None:
             for rows in batches:
                 rows = rows.to(self.device)
-                yield rows, self.resident.take(rows)
+                yield rows, self.resident.take(part(rows))
             return
         draws = None
         if self._has_choices():
-            draws = [torch.rand(len(b), generator=self.shuffle).numpy() for b in batches]
-        found = read(self.train, [rows.numpy() for rows in batches], draws)
+            draws = [part(torch.rand(len(b), generator=self.shuffle).numpy()) for b in batches]
+        found = read(self.train, [part(rows.numpy()) for rows in batches], draws)
         for rows, inputs in zip(batches, found, strict=True):
             yield rows.to(self.device), inputs.to(self.device)
 
     def _validate(self) -> float:
         assert self.held_out is not None
         score = validation_score(self._finished_copy(), self.held_out, self.config.bits)
+        score = self.here.gather(score)[0]
         progress = self.progress
         if score > progress.best_score:
             progress.best_score, progress.best_epoch, progress.stale = score, progress.epoch, 0
@@ -249,7 +274,10 @@ class Trainer:
     # -- saved state -----------------------------------------------------------------------------
 
     def _save_state(self) -> None:
+        if self.here.rank > 0:
+            return
         fixed = self._fixed()
+        gpus = [self.device] if self.device.type == "cuda" else []
 
         def changing(model: HashingMethod) -> dict[str, torch.Tensor]:
             """Without what is frozen, which may be a hundred times the rest."""
@@ -267,7 +295,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "shuffle": self.shuffle.get_state(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda_rng": [torch.cuda.get_rng_state(gpu) for gpu in gpus],
         }
         with atomic_path(self.state_path) as path:
             torch.save(state, path)
@@ -332,7 +360,7 @@ class Trainer:
         self.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            torch.cuda.set_rng_state(state["cuda_rng"][0], self.device)
 
 
 def _is_finite(value: float) -> bool:

@@ -67,7 +67,7 @@ class HashingMethod(nn.Module, ABC):
 
         Raises VhablError where the method needs both and one is missing.
         """
-        found = self.encoder(inputs)
+        found = self.encoder.of_batch(inputs)
         if self.stand_in is not None:
             return self.stand_in(found)
         if self.task == "fused" and (found.image is None or found.text is None):
