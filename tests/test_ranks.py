@@ -25,6 +25,7 @@ from helpers import (
     write_pair_folder,
 )
 from sharing import still_network, train_all
+from torch import nn
 
 from vhabl import openclip, train
 from vhabl.config import CONFIG_DIR, Config, to_yaml
