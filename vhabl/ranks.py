@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vhabl.errors import Stopped, VhablError, describe_os_error, fail
+from vhabl.errors import Stopped, VhablError, brief, describe_os_error, fail
 
 T = TypeVar("T")
 
@@ -141,8 +141,9 @@ class Ranks:
         """Raises VhablError where a rank died while another one waits for it."""
         try:
             yield
-        except RuntimeError:  # a connection was closed
-            fail("processes", "one that died", f"all {self.size} to the end: run the command again")
+        except RuntimeError as error:  # a connection was closed
+            found = f"one that died or cannot be reached ({brief(error)})"
+            fail("processes", found, f"all {self.size} to the end: run the command again")
 
 
 class _Whole(torch.autograd.Function):
