@@ -337,9 +337,7 @@ def test_a_rank_that_died_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ranks.dist, "all_gather_object", closed)
     for rank in (0, 1):
-        with pytest.raises(
-            VhablError, match="processes: found one that died or .*; expected all 3 to"
-        ):
+        with pytest.raises(VhablError, match="processes: found one that died or cannot be"):
             Ranks(rank, 3, rank).everywhere(lambda: 1)
 
 
