@@ -22,7 +22,8 @@ def train_all(folder: Path, here: Ranks) -> None:
         name = f"{folder}/{recipe.stem}-{here.size}"
         config = from_yaml(recipe.read_text(encoding="utf-8"), recipe)
         config = override(config, [f"out={name}", f"codes={name}/codes"])
-        train.train(config, load_data(config.data, config.encoder), False, here)
+        rows = train.train(config, load_data(config.data, config.encoder), False, here)
+        assert bool(rows) == (here.rank == 0)
 
 
 def still_network(*_: object, **__: object) -> TinyAlexNet:
