@@ -202,7 +202,8 @@ class Trainer:
             for name, value in {**terms, "loss": loss}.items():
                 total[name] = total.get(name, 0) + value.detach()
         self.method.after_epoch()
-        means = {name: float(value) / len(batches) for name, value in total.items()}
+        sums = torch.stack(list(total.values())).tolist()  # all at once: a GPU is waited for once
+        means = {name: value / len(batches) for name, value in zip(total, sums, strict=True)}
         if not all(map(_is_finite, means.values())):
             bad = ", ".join(n for n, v in means.items() if not _is_finite(v))
             raise VhablError(
@@ -218,8 +219,8 @@ class Trainer:
     def _inputs(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Inputs]]:
         """The rows of each batch, and their inputs."""
         if self.resident is not None:
-            for rows in batches:
-                rows = rows.to(self.device)
+            order = torch.cat(batches).to(self.device)  # at once: a copy lets the host wait
+            for rows in order.split([len(b) for b in batches]):
                 yield rows, self.resident.take(rows)
             return
         draws = None
