@@ -89,7 +89,7 @@ class Watch(TorchDispatchMode):
     not asked for as non-blocking.
     """
 
-    PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
+    PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Watch(TorchDispatchMode):
         self.operations += not func.is_view
         if _waits(func, args, kwargs, result):
             self.waits[str(func)] += 1
-        if func in self.PRODUCTS:
+        if func.overloadpacket in self.PRODUCTS:
             self.products.append((_layout(args[-2]), _layout(args[-1])))
         return result
 
@@ -136,8 +136,9 @@ def replay(products: list[tuple[Layout, Layout]], device: torch.device) -> Calla
     def operand(layout: Layout, role: str) -> Tensor:
         shape, stride, dtype = layout
         if (layout, role) not in kept:
-            x = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            kept[layout, role] = x.normal_()
+            size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+            x = torch.randn(size, dtype=dtype, device=device)
+            kept[layout, role] = x.as_strided(shape, stride)
         return kept[layout, role]
 
     tasks = []

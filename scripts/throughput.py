@@ -408,7 +408,7 @@ def decoding() -> Iterator[Record]:
             content = file.read_bytes()
 
             def run(content: bytes = content) -> None:
-                to_pixels(open_image(io.BytesIO(content)), 224, False)
+                to_pixels(open_image(io.BytesIO(content), side=224), 224, False)
 
             yield {
                 "case": f"JPEG of {name}'s size {size} to pixels, {len(content) >> 10} KiB",

@@ -70,7 +70,7 @@ def batches_in_order(method: HashingMethod, split: Split) -> Iterator[Batch]:
     """All items in their order, in batches of a fixed size, on the method's device."""
     device = next(method.parameters()).device
     rows = rows_in_order(len(split), method.encoder.batch)
-    for index, inputs in zip(rows, read(split, rows), strict=True):
+    for index, inputs in zip(rows, read(split, rows, device=device), strict=True):
         labels = torch.from_numpy(split.labels[index]).float()
         yield Batch(inputs.to(device), labels.to(device), torch.from_numpy(index).to(device))
 

@@ -223,7 +223,7 @@ class _Likelihood(torch.autograd.Function):
             s = products.clamp(-32, 32)
             total += F.softplus(s).sum() - (own * s).sum()
             slope = s.sigmoid().sub_(own).mul_(products == s)
-            gradient.addmm_(slope.T, a)
+            gradient = torch.addmm(gradient, slope.T, a)
         pairs = len(memory) * len(h)
         ctx.save_for_backward(gradient / (2 * pairs))
         return total / pairs

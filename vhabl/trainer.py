@@ -218,17 +218,18 @@ class Trainer:
 
     def _inputs(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Inputs]]:
         """The rows of each batch, and their inputs."""
+        # All rows at once, as the host waits for each copy.
+        there = torch.cat(batches).to(self.device).split([len(rows) for rows in batches])
         if self.resident is not None:
-            order = torch.cat(batches).to(self.device)  # at once: a copy lets the host wait
-            for rows in order.split([len(b) for b in batches]):
+            for rows in there:
                 yield rows, self.resident.take(rows)
             return
         draws = None
         if self._has_choices():
             draws = [torch.rand(len(b), generator=self.shuffle).numpy() for b in batches]
-        found = read(self.train, [rows.numpy() for rows in batches], draws)
-        for rows, inputs in zip(batches, found, strict=True):
-            yield rows.to(self.device), inputs.to(self.device)
+        found = read(self.train, [rows.numpy() for rows in batches], draws, self.device)
+        for rows, inputs in zip(there, found, strict=True):
+            yield rows, inputs.to(self.device)
 
     def _validate(self) -> float:
         assert self.held_out is not None
