@@ -18,7 +18,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -584,7 +584,7 @@ def opening(folder: Path) -> dict[str, object]:
     }
 
 
-BENCHES: dict[str, Callable[[], list[dict[str, object]]]] = {
+BENCHES: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "losses": bench_losses,
     "eval": bench_eval,
     "cache": bench_cache,
@@ -603,9 +603,9 @@ def main() -> None:
     given = parser.parse_args()
     for record in BENCHES[given.what]():
         if given.json:
-            print(json.dumps(record))
+            print(json.dumps(record), flush=True)
         else:
-            print(record["case"])
+            print(record["case"], flush=True)
             for name, value in record.items():
                 if name != "case":
                     shown = f"{value:.6g}" if isinstance(value, float) else value
