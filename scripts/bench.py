@@ -6,6 +6,8 @@ python scripts/bench.py cache [--json]
 python scripts/bench.py search [--json]
 python scripts/bench.py stages [--json]
 python scripts/bench.py milvus [--json]
+python scripts/bench.py train [--json]
+python scripts/bench.py encode [--json]
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ import argparse
 import json
 import math
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -27,6 +28,8 @@ import numpy as np
 import scipy.io
 import torch
 import torch.nn.functional as F
+from measuring import median_seconds, peak_mib
+from throughput import bench_encode, bench_train
 from torch import Tensor
 
 from vhabl import codebooks, losses
@@ -45,17 +48,6 @@ from vhabl.search.engine import Engine, Items, Query
 from vhabl.search.where import Filter, parse
 from vhabl.trainer import Trainer
 from vhabl.types import Codes, Dataset, Inputs, Split
-
-
-def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of a call after one warm-up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def multi_similarity_loop(h: Tensor, y: Tensor) -> Tensor:
@@ -173,23 +165,6 @@ def random_codes(queries: int, items: int, bits: int, classes: int) -> Codes:
         return y
 
     return Codes(signs(queries), signs(items), labels(queries), labels(items))
-
-
-def peak_mib(run: Callable[[], object]) -> float | None:
-    """How far a call raises the process's peak memory above what is held before it, in MiB."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def read(key: str) -> float:
-        line = next(x for x in status.read_text().splitlines() if x.startswith(key))
-        return int(line.split()[1]) / 1024
-
-    try:
-        reset.write_text("5")  # the peak starts anew from here
-    except OSError:
-        return None
-    before = read("VmRSS")
-    run()
-    return read("VmHWM") - before
 
 
 def bench_eval() -> list[dict[str, object]]:
@@ -609,13 +584,15 @@ def opening(folder: Path) -> dict[str, object]:
     }
 
 
-BENCHES: dict[str, Callable[[], list[dict[str, object]]]] = {
+BENCHES: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "losses": bench_losses,
     "eval": bench_eval,
     "cache": bench_cache,
     "search": bench_search,
     "stages": bench_stages,
     "milvus": bench_milvus,
+    "train": bench_train,
+    "encode": bench_encode,
 }
 
 
@@ -626,9 +603,9 @@ def main() -> None:
     given = parser.parse_args()
     for record in BENCHES[given.what]():
         if given.json:
-            print(json.dumps(record))
+            print(json.dumps(record), flush=True)
         else:
-            print(record["case"])
+            print(record["case"], flush=True)
             for name, value in record.items():
                 if name != "case":
                     shown = f"{value:.6g}" if isinstance(value, float) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +13,17 @@ from helpers import write_pair_folder
 
 from vhabl.config import CONFIG_DIR, Config, build_method, load
 from vhabl.data import load as load_data
-from vhabl.methods.base import HashingMethod
 from vhabl.optim import build_optimizer
 from vhabl.types import Batch, DataSpec, Inputs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from measuring import saved_for_backward
 
 GIGABYTE = 2**30
 TRAIN_ITEMS = 10_000
 # Gigabytes of the GPU that a recipe has to fit; a backward pass holds its largest gradients too.
 CARD = 24
 ROOM = 0.75 * CARD
-
-
-def saved_for_backward(method: HashingMethod, batch: Batch) -> int:
-    """Bytes of the tensors that a step keeps for its backward pass, each storage once."""
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = torch.stack(list(method.loss(batch).values())).sum()
-    loss.backward()
-    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
 @pytest.mark.slow
@@ -85,7 +72,10 @@ def memory_of_a_step(config: Config, spec: DataSpec, batch: Batch) -> float:
     method.prepare(labels.repeat(-(-TRAIN_ITEMS // len(labels)), 1)[:TRAIN_ITEMS])
     optimizer = build_optimizer(method.param_groups(), config.optim)
     before = {n: p.detach().clone() for n, p in method.named_parameters() if p.requires_grad}
-    kept = saved_for_backward(method, batch)
+    kept, loss = saved_for_backward(
+        method, lambda: torch.stack(list(method.loss(batch).values())).sum()
+    )
+    loss.backward()
     optimizer.step()
     assert all(torch.isfinite(p).all() for p in method.parameters())
     moved = [n for n, p in method.named_parameters() if n in before and (p != before[n]).any()]

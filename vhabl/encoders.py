@@ -193,12 +193,12 @@ class PixelEncoder(Encoder):
         size, room = self.size, pixels.shape[-1] - self.size
         if not (self.training and self.config.augment):
             return pixels[..., room // 2 : room // 2 + size, room // 2 : room // 2 + size]
-        corners = torch.randint(room + 1, (len(pixels), 2))
+        corners = torch.randint(room + 1, (len(pixels), 2)).tolist()
         cut = torch.stack(
             [x[:, i : i + size, j : j + size] for x, (i, j) in zip(pixels, corners, strict=True)]
         )
-        mirrored = torch.rand(len(cut)) < 0.5
-        return torch.where(mirrored.to(cut.device).view(-1, 1, 1, 1), cut.flip(3), cut)
+        mirrored = torch.rand(len(cut), 1, 1, 1, device=cut.device) < 0.5
+        return torch.where(mirrored, cut.flip(3), cut)
 
 
 class CnnEncoder(PixelEncoder):

@@ -73,7 +73,7 @@ def batches_in_order(method: HashingMethod, split: Split) -> Iterator[Batch]:
     device = next(method.parameters()).device
     rows = rows_in_order(len(split), method.encoder.batch)
     shares = [method.encoder.ranks.part(index) for index in rows]
-    for index, inputs in zip(rows, read(split, shares), strict=True):
+    for index, inputs in zip(rows, read(split, shares, device=device), strict=True):
         labels = torch.from_numpy(split.labels[index]).float()
         yield Batch(inputs.to(device), labels.to(device), torch.from_numpy(index).to(device))
 

@@ -26,7 +26,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        return x * ((torch.rand_like(x) >= self.rate).to(x.dtype) / (1 - self.rate))
+        return x * torch.rand_like(x).ge_(self.rate).div_(1 - self.rate)
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -343,11 +343,9 @@ class FusedHashNet(nn.Module):
 
     def member_bits(self) -> list[Tensor]:
         """The bits of a code that each member gives, first to last."""
-        ends = [0, *accumulate(self.shares)]
-        return [
-            ((first <= self.order) & (self.order < end)).nonzero().flatten()
-            for first, end in pairwise(ends)
-        ]
+        # A sort, where a mask for each member would let the host wait for a GPU.
+        member = torch.stack([self.order >= end for end in accumulate(self.shares)]).sum(dim=0)
+        return list(member.argsort(stable=True).split(self.shares))
 
     @torch.no_grad()
     def reorder(self, order: Tensor) -> None:

@@ -8,7 +8,7 @@ nothing is defined (no positive pair, no label) it returns 0 with a zero gradien
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -211,20 +211,21 @@ class _Likelihood(torch.autograd.Function):
     size N x B is kept for the backward pass.
     """
 
-    BLOCK = 2048  # items of the memory
+    PAIRS: ClassVar = {"cpu": 2**18, "cuda": 2**24}  # in a block: a cache holds the former
 
     @staticmethod
     def forward(ctx: Any, memory: Tensor, h: Tensor, similar: Tensor) -> Tensor:
+        half = h / 2
         total, gradient = h.new_zeros(()), torch.zeros_like(h)
-        for start in range(0, len(memory), _Likelihood.BLOCK):
-            rows = slice(start, start + _Likelihood.BLOCK)
-            products = memory[rows] @ h.T  # (block, B)
-            s = products.clamp(-64, 64) / 2
-            total += (F.softplus(s) - similar[rows] * s).sum()
-            slope = (s.sigmoid() - similar[rows]) * (products.abs() <= 64) / 2
-            gradient += slope.T @ memory[rows]
+        block = max(1, _Likelihood.PAIRS.get(h.device.type, 2**18) // len(h))
+        for a, own in zip(memory.split(block), similar.split(block), strict=True):
+            products = a @ half.T  # (block, B)
+            s = products.clamp(-32, 32)
+            total += F.softplus(s).sum() - (own * s).sum()
+            slope = s.sigmoid().sub_(own).mul_(products == s)
+            gradient = torch.addmm(gradient, slope.T, a)
         pairs = len(memory) * len(h)
-        ctx.save_for_backward(gradient / pairs)
+        ctx.save_for_backward(gradient / (2 * pairs))
         return total / pairs
 
     @staticmethod

@@ -225,7 +225,8 @@ class Trainer:
                 total[name] = total.get(name, 0) + value.detach()
         self.method.after_epoch()
         self.here.agree(self.method)  # rounding may differ where a device's sums have no order
-        means = {name: float(value) / len(batches) for name, value in total.items()}
+        sums = torch.stack(list(total.values())).tolist()  # all at once: a GPU is waited for once
+        means = {name: value / len(batches) for name, value in zip(total, sums, strict=True)}
         if not all(map(_is_finite, means.values())):
             bad = ", ".join(n for n, v in means.items() if not _is_finite(v))
             raise VhablError(
@@ -241,17 +242,18 @@ class Trainer:
     def _inputs(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Inputs]]:
         """The rows of each batch, and the inputs of those that are this rank's share."""
         part = self.method.encoder.ranks.part
+        # All rows at once, as the host waits for each copy.
+        there = torch.cat(batches).to(self.device).split([len(rows) for rows in batches])
         if self.resident is not None:
-            for rows in batches:
-                rows = rows.to(self.device)
+            for rows in there:
                 yield rows, self.resident.take(part(rows))
             return
         draws = None
         if self._has_choices():
             draws = [part(torch.rand(len(b), generator=self.shuffle).numpy()) for b in batches]
-        found = read(self.train, [part(rows.numpy()) for rows in batches], draws)
-        for rows, inputs in zip(batches, found, strict=True):
-            yield rows.to(self.device), inputs.to(self.device)
+        shares = [part(rows.numpy()) for rows in batches]
+        for rows, inputs in zip(there, read(self.train, shares, draws, self.device), strict=True):
+            yield rows, inputs.to(self.device)
 
     def _validate(self) -> float:
         assert self.held_out is not None

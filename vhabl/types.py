@@ -40,6 +40,13 @@ class Inputs:
         """The same items with one modality alone: `image` or `text`."""
         return Inputs(self.image, None) if view == "image" else Inputs(None, self.text)
 
+    def pin_memory(self) -> Inputs:
+        """The same inputs in memory from which a GPU copies while the host goes on."""
+        return Inputs(
+            image=None if self.image is None else self.image.pin_memory(),
+            text=None if self.text is None else self.text.pin_memory(),
+        )
+
     def to(self, device: torch.device) -> Inputs:
         return Inputs(
             image=None if self.image is None else self.image.to(device, non_blocking=True),

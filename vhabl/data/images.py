@@ -20,9 +20,11 @@ LONGEST = 256  # sides of a picture, long to short
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 
 
-def open_image(path: Path | BinaryIO | Image.Image, name: str = "") -> Image.Image:
-    """A whole image as RGB. name: what a message calls it, by default its path. Raises VhablError
-    where it is missing, damaged, absurdly large or absurdly long.
+def open_image(path: Path | BinaryIO | Image.Image, name: str = "", side: int = 0) -> Image.Image:
+    """A whole image as RGB. name: what a message calls it, by default its path. side: what its
+    sides will be made; a JPEG much larger than that is decoded at a half, a quarter or an eighth of
+    its size, at least twice as large. Raises VhablError where it is missing, damaged, absurdly
+    large or absurdly long.
     """
     if isinstance(path, Image.Image):
         return path.convert("RGB")
@@ -30,6 +32,8 @@ def open_image(path: Path | BinaryIO | Image.Image, name: str = "") -> Image.Ima
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > LONGEST * min(image.size):  # its short side would be enlarged
                 raise ValueError(f"{image.width} x {image.height} pixels")
+            if side:
+                image.draft(None, (2 * side, 2 * side))
             deep = image.mode in ("I", "F") or image.mode.startswith("I;")
             return (_to_grey(image) if deep else image).convert("RGB")
     except FileNotFoundError:
@@ -62,9 +66,11 @@ def to_pixels(image: Image.Image, side: int, squeeze: bool) -> np.ndarray:
         width, height = image.size
         scale = side / min(width, height)
         size = (max(side, round(width * scale)), max(side, round(height * scale)))
-        image = image.resize(size, bicubic)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
-        image = image.crop((left, top, left + side, top + side))
+        # Of the resized image only the centre is computed, from this box.
+        x, y = width / size[0], height / size[1]
+        right, bottom = min(width, (left + side) * x), min(height, (top + side) * y)
+        image = image.resize((side, side), bicubic, (left * x, top * y, right, bottom))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
@@ -90,7 +96,8 @@ class ImageFiles:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         def pixels(row: int) -> np.ndarray:
-            return to_pixels(open_image(self.files[row]), self.side, self.squeeze)
+            image = open_image(self.files[row], side=self.side)
+            return to_pixels(image, self.side, self.squeeze)
 
         numbers = np.arange(len(self.files))[rows]
         with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
@@ -140,12 +147,15 @@ def rows_in_order(count: int, size: int) -> list[np.ndarray]:
 
 
 def read(
-    split: Split, batches: Sequence[np.ndarray], draws: Sequence[np.ndarray] | None = None
+    split: Split,
+    batches: Sequence[np.ndarray],
+    draws: Sequence[np.ndarray] | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Inputs]:
     """The inputs of each batch of rows, in order; images are decoded ahead in worker processes.
 
-    draws: for each batch, what `Split.inputs` takes. Raises VhablError where an image cannot be
-    read.
+    draws: for each batch, what `Split.inputs` takes. device: where the inputs go next; for a GPU
+    they are in pinned memory. Raises VhablError where an image cannot be read.
     """
     store = split.image.store if isinstance(split.image, Rows) else None
     workers = store.workers if isinstance(store, ImageFiles) else 0
@@ -155,6 +165,7 @@ def read(
         batch_size=None,
         num_workers=min(workers, len(batches)),
         prefetch_factor=2 if workers else None,
+        pin_memory=device is not None and device.type == "cuda",
     )
     # The loader draws a seed from torch's generator: training must not depend on that.
     state = torch.get_rng_state()
