@@ -44,7 +44,7 @@ def training(folder: Path) -> None:
     train.main([
         *common("vh_abl"), "data=wiki", f"data.path={INPUTS / 'features.mat'}",
         "data.class_names=[]", "epochs=6", "validation.every=2", "validation.fraction=0.1",
-        "resume=true", f"out={folder / 'run'}",
+        "resume=true", f"out={folder / 'run'}", f"codes={folder / 'codes'}",
     ])  # fmt: skip
 
 
@@ -114,6 +114,19 @@ def forked(run: Callable[[], object], seconds: float | None = None) -> bool:
     return True
 
 
+def counted_epochs() -> None:
+    """From now on every epoch that was finished is a byte more."""
+    real = Trainer._train_epoch
+
+    def counted(self: Trainer) -> dict[str, float]:
+        terms = real(self)
+        with EPOCHS.open("ab") as file:
+            file.write(b".")
+        return terms
+
+    Trainer._train_epoch = counted  # type: ignore[method-assign]
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """The files of a folder, but for what tells of the time and place, and temporary ones."""
     varying = ("environment.json", "events.out", ".svg", ".png", ".pdf")
@@ -132,15 +145,7 @@ def main(name: str, kills: int, seed: int) -> None:
     work, draw = WORKS[name], random.Random(seed)
     prepare()
     forked(trained)
-    real = Trainer._train_epoch
-
-    def counted(self: Trainer) -> dict[str, float]:
-        terms = real(self)
-        with EPOCHS.open("ab") as file:
-            file.write(b".")
-        return terms
-
-    Trainer._train_epoch = counted  # type: ignore[method-assign]
+    counted_epochs()
     forked(lambda: work(Path("whole")))
     started = time.perf_counter()
     shutil.rmtree("whole")

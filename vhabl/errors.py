@@ -48,8 +48,9 @@ def brief(error: Exception) -> str:
 def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error, naming the file and what would mend it."""
     where = error.filename if error.filename is not None else "file system"
-    if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
-        return f"{where}: found no space left on the disk; expected room to write the file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        found = os.strerror(error.errno)
+        return f"{where}: found {found}; expected room to write it: make some and run it again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         reason = os.strerror(error.errno)
         return f"{where}: found no permission ({reason}); expected to read and write it"

@@ -15,7 +15,6 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vhabl.cache import frozen_outputs
@@ -28,6 +27,7 @@ from vhabl.evaluator import batches_in_order, validation_score
 from vhabl.files import atomic_path
 from vhabl.methods.base import HashingMethod
 from vhabl.optim import WeightMean, build_optimizer, set_rate
+from vhabl.scalars import ScalarLog
 from vhabl.stopping import StopRequests
 from vhabl.types import Batch, Dataset, Inputs, Rows
 
@@ -148,9 +148,9 @@ class Trainer:
             unit="epoch",
             disable=not self.progress_bar,
         )
-        # Epochs after the saved state are trained again: their points are purged from the log.
-        log = SummaryWriter(str(self.log_folder / progress.phase), purge_step=progress.epoch + 1)
-        with bar, log, StopRequests("this epoch") as requests:
+        # Epochs after the saved state are trained again: earlier points of them no longer count.
+        log = ScalarLog(self.log_folder / progress.phase, progress.epoch + 1)
+        with bar, StopRequests("this epoch") as requests:
             while progress.epoch < self.epochs and not self._stopped():
                 terms = self._train_epoch()
                 progress.epoch += 1
@@ -158,9 +158,7 @@ class Trainer:
                 if self.held_out is not None and progress.epoch % config.validation.every == 0:
                     row["validation"] = self._validate()
                 progress.history.append(row)
-                for name, value in row.items():
-                    if isinstance(value, float):
-                        log.add_scalar(name, value, progress.epoch)
+                log.add(progress.epoch, {k: v for k, v in row.items() if isinstance(v, float)})
                 shown = {"loss": f"{terms['loss']:.3f}"}
                 if progress.best_epoch:
                     shown["best"] = f"{progress.best_score:.4f}@{progress.best_epoch}"
