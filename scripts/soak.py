@@ -35,6 +35,7 @@ from vhabl.files import PROJECT
 
 WARM = 0.2  # of the time: until then memory may grow
 GROWTH = 24.0  # MiB from then on: what an allocator keeps; one upload has more pixels
+WIDTHS = ("dim", "image_hidden", "text_hidden", "joint_hidden")
 LOG = 1000  # bytes of the page's log, however many requests there are
 MORE = 8  # open files or threads beyond those after the warm-up
 TOO_LONG = 10 * 2**20 + 1  # bytes of a body
@@ -348,8 +349,8 @@ def soak_train(folder: Path, epochs: int) -> list[str]:
     process = subprocess.Popen(
         training("vh_abl", run, f"epochs={epochs}", "validation.fraction=0.1",
                  "validation.every=10", "validation.patience=0", "batch_size=256",
-                 "model.net={members: 1, dim: 16, image_hidden: 16, text_hidden: 16,"
-                 " joint_hidden: 16}"),
+                 "model.net.members=1",
+                 *(f"model.net.{name}=16" for name in WIDTHS)),
         cwd=PROJECT,
     )  # fmt: skip
     watch = Watch(process.pid)

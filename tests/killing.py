@@ -27,6 +27,7 @@ from vhabl.search import __main__ as search
 from vhabl.trainer import Trainer
 
 INPUTS = Path("inputs")
+DATE = 116  # bytes at the beginning of a MATLAB file, with the time when it was written
 EPOCHS = Path("epochs")  # a byte for each epoch that was finished
 SMALL = ["bits=[8,16]", "batch_size=16", "device=cpu", "codes=none", "save_every=1"]
 
@@ -136,6 +137,7 @@ def content(folder: Path) -> dict[str, bytes]:
             varies = any(part in path.name for part in varying)
             name = str(path.relative_to(folder)).split("events.out")[0]
             text = path.read_bytes().replace(os.fsencode(folder.name), b"FOLDER")
+            text = text[DATE:] if path.suffix == ".mat" else text
             found[name] = b"" if varies else text
     return found
 
