@@ -35,7 +35,6 @@ from vhabl.files import PROJECT
 
 WARM = 0.2  # of the time: until then memory may grow
 GROWTH = 24.0  # MiB from then on: what an allocator keeps; one upload has more pixels
-WIDTHS = ("dim", "image_hidden", "text_hidden", "joint_hidden")
 LOG = 1000  # bytes of the page's log, however many requests there are
 MORE = 8  # open files or threads beyond those after the warm-up
 TOO_LONG = 10 * 2**20 + 1  # bytes of a body
@@ -347,10 +346,8 @@ def soak_train(folder: Path, epochs: int) -> list[str]:
     """Train for so many epochs of each phase, and return what grew."""
     run, sizes = folder / "run", []
     process = subprocess.Popen(
-        training("vh_abl", run, f"epochs={epochs}", "validation.fraction=0.1",
-                 "validation.every=10", "validation.patience=0", "batch_size=256",
-                 "model.net.members=1",
-                 *(f"model.net.{name}=16" for name in WIDTHS)),
+        training("nested_mlp", run, f"epochs={epochs}", "validation.fraction=0.1",
+                 "validation.every=10", "validation.patience=0", "batch_size=256", "model.dim=32"),
         cwd=PROJECT,
     )  # fmt: skip
     watch = Watch(process.pid)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from helpers import SMALL as WIDTHS
 from helpers import pair_overrides, write_feature_file, write_pair_folder
 
 from vhabl import encode, train
@@ -33,7 +34,8 @@ SMALL = ["bits=[8,16]", "batch_size=16", "device=cpu", "codes=none", "save_every
 
 
 def common(method: str) -> list[str]:
-    return ["--quiet", "--no-table", "--config", str(CONFIG_DIR / f"{method}.yaml"), *SMALL]
+    return ["--quiet", "--no-table", "--config", str(CONFIG_DIR / f"{method}.yaml"), *SMALL,
+            *WIDTHS[method]]  # fmt: skip
 
 
 def on_pairs(method: str, *more: str) -> list[str]:
@@ -44,7 +46,8 @@ def on_pairs(method: str, *more: str) -> list[str]:
 def training(folder: Path) -> None:
     train.main([
         *common("vh_abl"), "data=wiki", f"data.path={INPUTS / 'features.mat'}",
-        "data.class_names=[]", "epochs=6", "validation.every=2", "validation.fraction=0.1",
+        "data.class_names=[]", "model.net.members=1", "epochs=6", "validation.every=2",
+        "validation.fraction=0.1",
         "resume=true", f"out={folder / 'run'}", f"codes={folder / 'codes'}",
     ])  # fmt: skip
 

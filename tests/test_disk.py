@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-STRIKES = int(os.environ.get("VHABL_STRIKES", "3"))  # of each work and kind
+STRIKES = int(os.environ.get("VHABL_STRIKES", "2"))  # of each work and kind
 OWN_DISK = ["unshare", "--user", "--map-root-user", "--mount"]
 MOUNTS = ["sh", "-c", "mount -t tmpfs -o size=1m none . && mount -o remount,ro ."]
 
