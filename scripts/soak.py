@@ -33,8 +33,8 @@ from PIL import Image
 from vhabl.config import CONFIG_DIR
 from vhabl.files import PROJECT
 
-WARM = 0.2  # of the time: until then memory may grow
-GROWTH = 24.0  # MiB from then on: what an allocator keeps; one upload has more pixels
+WARM = 120.0  # seconds until which memory may grow: each of the server's threads keeps some
+GROWTH = 32.0  # MiB from then on: pictures come and go
 LOG = 1000  # bytes of the page's log, however many requests there are
 MORE = 8  # open files or threads beyond those after the warm-up
 TOO_LONG = 10 * 2**20 + 1  # bytes of a body
@@ -76,7 +76,10 @@ class Watch:
 
     def report(self) -> list[str]:
         """Print what was held after the warm-up, and return what grew beyond its bound."""
-        warm = self.samples[int(WARM * len(self.samples)) :]
+        warm = [sample for sample in self.samples if sample.seconds >= WARM]
+        if len(warm) < 30:
+            print(f"too short to say what grows: at most {max(s.mib for s in self.samples):.1f} MiB")
+            return []
         tenth = max(1, len(warm) // 10)
         middle = (len(warm) - tenth) // 2
         parts = (warm[:tenth], warm[middle : middle + tenth], warm[-tenth:])

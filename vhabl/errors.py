@@ -72,6 +72,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
+        if _stdout_fails():
+            error = OSError(error.errno, "", "standard output")
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except Stopped as stopped:
@@ -81,3 +83,15 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _stdout_fails() -> bool:
+    """Whether what was printed cannot be written. Then it is thrown away: the interpreter would try
+    once more at its end, and complain.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
