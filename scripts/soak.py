@@ -78,7 +78,9 @@ class Watch:
         """Print what was held after the warm-up, and return what grew beyond its bound."""
         warm = [sample for sample in self.samples if sample.seconds >= WARM]
         if len(warm) < 30:
-            print(f"too short to say what grows: at most {max(s.mib for s in self.samples):.1f} MiB")
+            print(
+                f"too short to say what grows: at most {max(s.mib for s in self.samples):.1f} MiB"
+            )
             return []
         tenth = max(1, len(warm) // 10)
         middle = (len(warm) - tenth) // 2
@@ -125,7 +127,9 @@ class Asked:
     headers: tuple[tuple[str, str], ...] = ()
 
 
-def form(fields: dict[str, str], content: bytes | None) -> tuple[bytes, tuple[tuple[str, str], ...]]:
+def form(
+    fields: dict[str, str], content: bytes | None
+) -> tuple[bytes, tuple[tuple[str, str], ...]]:
     """A body as a page sends it, and its header."""
     parts = [
         f'--x\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
@@ -293,7 +297,9 @@ class Client(threading.Thread):
 def soak_page(folder: Path, minutes: float, clients: int) -> list[str]:
     """Serve an index as a user does, ask it for so long, and return what went wrong."""
     run, index, log = folder / "run", folder / "index", folder / "stderr"
-    subprocess.run(training("hiamh", run, "epochs=3", "model.net.members=1"), check=True, cwd=PROJECT)
+    subprocess.run(
+        training("hiamh", run, "epochs=3", "model.net.members=1"), check=True, cwd=PROJECT
+    )
     subprocess.run(
         command("vhabl.search", "build", "--checkpoint", str(run), "--out", str(index),
                 "--graph", "hnsw", "--quiet"),

@@ -23,7 +23,9 @@ MOUNTS = ["sh", "-c", "mount -t tmpfs -o size=1m none . && mount -o remount,ro .
 
 def own_disks() -> bool:
     try:
-        return subprocess.run([*OWN_DISK, *MOUNTS], capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run([*OWN_DISK, *MOUNTS], capture_output=True, check=False).returncode == 0
+        )
     except OSError:
         return False
 
@@ -49,10 +51,11 @@ def test_a_disk_that_can_no_longer_be_written(work: str) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_to_a_full_disk() -> None:
     printing = "from vhabl import errors; errors.run(lambda _: print('x'))"
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": ""}
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         done = subprocess.run(
-            [sys.executable, "-c", printing], stdout=full, stderr=subprocess.PIPE, text=True,
-            check=False, cwd=HERE.parent,
+            [sys.executable, "-c", printing],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment,
         )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == (
@@ -73,9 +76,9 @@ def test_the_system_is_asked_why_a_library_failed(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="unexpected pos"), atomic_path(target) as path:
         full(path)  # the disk has room: it is another fault, and said as it is
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(VhablError, match=r"^state\.pt: found Disk quota exceeded; expected room"):
-        with atomic_path(target) as path:
-            full(path)
+    said = r"^state\.pt: found Disk quota exceeded; expected room"
+    with pytest.raises(VhablError, match=said), atomic_path(target) as path:
+        full(path)
     with pytest.raises(OSError, match=r"\[Errno 2\].*nothing\.png"), atomic_path(target) as path:
         Path("nothing.png").read_bytes()  # an error of another file keeps its name
     assert [p.name for p in Path().iterdir()] == ["state.pt"] and target.read_text() == "good"

@@ -65,7 +65,7 @@ def named(target: Path, temporary: Path) -> Iterator[None]:
 
 
 def _refusal(place: Path) -> OSError | None:
-    """What the system says to writing beside a file or folder, or None where it has no objection."""
+    """What the system says to a write beside a file or folder, or None where it lets it happen."""
     probe = place.with_name(f"{place.name}.more")
     try:
         with probe.open("wb") as file:

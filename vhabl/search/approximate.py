@@ -38,7 +38,7 @@ def build(packed: np.ndarray, kind: Graph) -> Any:
     import faiss
 
     bits = 8 * packed.shape[1]
-    index: faiss.IndexBinary
+    index: Any
     if kind == "hnsw":
         index = faiss.IndexBinaryHNSW(bits, NEIGHBOURS)
     else:
