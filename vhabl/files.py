@@ -27,6 +27,14 @@ def locate(path: str | Path) -> Path:
     return below_project if not path.exists() and below_project.exists() else path
 
 
+class Unwritable(VhablError):
+    """A file or folder that the system refuses to write, and the reason."""
+
+    def __init__(self, target: Path, reason: OSError) -> None:
+        super().__init__(describe_os_error(OSError(reason.errno, reason.strerror, str(target))))
+        self.reason = reason
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its place when the block ends without an error.
@@ -51,17 +59,19 @@ def named(target: Path, temporary: Path) -> Iterator[None]:
     """Say of what the system refuses to write which file it was for, and why.
 
     Libraries raise errors of many types then, few of which name the file or the reason: the system
-    is asked itself. temporary: the file or folder where `target` is made. Raises VhablError.
+    is asked itself. temporary: the file or folder where `target` is made. Raises Unwritable.
     """
     try:
         yield
+    except Unwritable as error:  # of a part of what is made
+        raise Unwritable(target, error.reason) from error
     except VhablError:
         raise
     except Exception as error:
         reason = error if isinstance(error, OSError) and error.errno else _refusal(temporary)
         if reason is None or not _is_of(reason, temporary):
             raise
-        raise VhablError(describe_os_error(OSError(reason.errno, "", str(target)))) from error
+        raise Unwritable(target, reason) from error
 
 
 def _refusal(place: Path) -> OSError | None:
@@ -73,7 +83,7 @@ def _refusal(place: Path) -> OSError | None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return OSError(error.errno, "")
+        return OSError(error.errno, error.strerror)  # without the probe's name
     finally:
         with suppress(OSError):
             probe.unlink()
