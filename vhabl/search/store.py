@@ -487,9 +487,9 @@ def _write_folder(
     """A segment in a folder that is there whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: no index names it
-    temporary.mkdir(parents=True)
     try:
         with named(folder, temporary):
+            temporary.mkdir(parents=True)
             part = write_segment(temporary, codes, items, graphs)
             temporary.rename(folder)
     finally:
