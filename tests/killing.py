@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from helpers import SMALL as WIDTHS
 from helpers import pair_overrides, write_feature_file, write_pair_folder
 
 from vhabl import encode, train
@@ -27,12 +28,14 @@ from vhabl.search import __main__ as search
 from vhabl.trainer import Trainer
 
 INPUTS = Path("inputs")
+DATE = 116  # bytes at the beginning of a MATLAB file, with the time when it was written
 EPOCHS = Path("epochs")  # a byte for each epoch that was finished
 SMALL = ["bits=[8,16]", "batch_size=16", "device=cpu", "codes=none", "save_every=1"]
 
 
 def common(method: str) -> list[str]:
-    return ["--quiet", "--no-table", "--config", str(CONFIG_DIR / f"{method}.yaml"), *SMALL]
+    return ["--quiet", "--no-table", "--config", str(CONFIG_DIR / f"{method}.yaml"), *SMALL,
+            *WIDTHS[method]]  # fmt: skip
 
 
 def on_pairs(method: str, *more: str) -> list[str]:
@@ -43,8 +46,9 @@ def on_pairs(method: str, *more: str) -> list[str]:
 def training(folder: Path) -> None:
     train.main([
         *common("vh_abl"), "data=wiki", f"data.path={INPUTS / 'features.mat'}",
-        "data.class_names=[]", "epochs=6", "validation.every=2", "validation.fraction=0.1",
-        "resume=true", f"out={folder / 'run'}",
+        "data.class_names=[]", "model.net.members=1", "epochs=6", "validation.every=2",
+        "validation.fraction=0.1",
+        "resume=true", f"out={folder / 'run'}", f"codes={folder / 'codes'}",
     ])  # fmt: skip
 
 
@@ -114,24 +118,8 @@ def forked(run: Callable[[], object], seconds: float | None = None) -> bool:
     return True
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, but for what tells of the time and place, and temporary ones."""
-    varying = ("environment.json", "events.out", ".svg", ".png", ".pdf")
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and ".tmp" not in str(path.relative_to(folder)):
-            varies = any(part in path.name for part in varying)
-            name = str(path.relative_to(folder)).split("events.out")[0]
-            text = path.read_bytes().replace(os.fsencode(folder.name), b"FOLDER")
-            found[name] = b"" if varies else text
-    return found
-
-
-def main(name: str, kills: int, seed: int) -> None:
-    torch.set_num_threads(1)
-    work, draw = WORKS[name], random.Random(seed)
-    prepare()
-    forked(trained)
+def counted_epochs() -> None:
+    """From now on every epoch that was finished is a byte more."""
     real = Trainer._train_epoch
 
     def counted(self: Trainer) -> dict[str, float]:
@@ -141,6 +129,28 @@ def main(name: str, kills: int, seed: int) -> None:
         return terms
 
     Trainer._train_epoch = counted  # type: ignore[method-assign]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, but for what tells of the time and place, and temporary ones."""
+    varying = ("environment.json", "events.out", ".svg", ".png", ".pdf")
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and ".tmp" not in str(path.relative_to(folder)):
+            varies = any(part in path.name for part in varying)
+            name = str(path.relative_to(folder)).split("events.out")[0]
+            text = path.read_bytes().replace(os.fsencode(folder.name), b"FOLDER")
+            text = text[DATE:] if path.suffix == ".mat" else text
+            found[name] = b"" if varies else text
+    return found
+
+
+def main(name: str, kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    work, draw = WORKS[name], random.Random(seed)
+    prepare()
+    forked(trained)
+    counted_epochs()
     forked(lambda: work(Path("whole")))
     started = time.perf_counter()
     shutil.rmtree("whole")

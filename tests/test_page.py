@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -109,6 +110,17 @@ def post(base: str, content: bytes, name: str = "a.png", **fields: Any) -> tuple
 
 def shown(hits: list[dict[str, Any]]) -> list[tuple[str, int]]:
     return [(hit["id"], hit["distance"]) for hit in hits]
+
+
+def test_what_a_client_does_wrong_is_not_written(
+    base: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else anyone could fill the disk with a log."""
+    header = {"content-type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(urllib.request.Request(f"{base}/api/search", b"no form", header))
+    assert raised.value.code == 400 and not caplog.records
+    assert not logging.getLogger("uvicorn.error").isEnabledFor(logging.WARNING)
 
 
 # -- endpoints -------------------------------------------------------------------------------------

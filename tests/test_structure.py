@@ -19,7 +19,7 @@ LEVELS = (
     {"errors", "types"},
     {"files", "matfile", "published", "ranks", "settings", "stopping"},
     {"openclip", "cnn"},
-    {"layers", "losses", "codes", "codebooks", "metrics", "optim", "shards"},
+    {"layers", "losses", "codes", "codebooks", "metrics", "optim", "scalars", "shards"},
     {"data", "encoders"},
     {"methods"},
     {"config"},

@@ -48,8 +48,9 @@ def brief(error: Exception) -> str:
 def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error, naming the file and what would mend it."""
     where = error.filename if error.filename is not None else "file system"
-    if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
-        return f"{where}: found no space left on the disk; expected room to write the file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        found = os.strerror(error.errno)
+        return f"{where}: found {found}; expected room to write it: make some and run it again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         reason = os.strerror(error.errno)
         return f"{where}: found no permission ({reason}); expected to read and write it"
@@ -71,6 +72,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
+        if _stdout_fails():
+            error = OSError(error.errno, "", "standard output")
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except Stopped as stopped:
@@ -80,3 +83,15 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _stdout_fails() -> bool:
+    """Whether what was printed cannot be written. Then it is thrown away: the interpreter would try
+    once more at its end, and complain.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

@@ -7,13 +7,15 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from vhabl.errors import brief, fail
+from vhabl.errors import VhablError, brief, describe_os_error, fail
 
 T = TypeVar("T")
+
+_BLOCK = 2**20  # bytes that show whether a disk is full
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +27,14 @@ def locate(path: str | Path) -> Path:
     return below_project if not path.exists() and below_project.exists() else path
 
 
+class Unwritable(VhablError):
+    """A file or folder that the system refuses to write, and the reason."""
+
+    def __init__(self, target: Path, reason: OSError) -> None:
+        super().__init__(describe_os_error(OSError(reason.errno, reason.strerror, str(target))))
+        self.reason = reason
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its place when the block ends without an error.
@@ -34,12 +44,61 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        with named(target, temporary):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or the disk can no longer be written
+            temporary.unlink()
+
+
+@contextmanager
+def named(target: Path, temporary: Path) -> Iterator[None]:
+    """Say of what the system refuses to write which file it was for, and why.
+
+    Libraries raise errors of many types then, few of which name the file or the reason: the system
+    is asked itself. temporary: the file or folder where `target` is made. Raises Unwritable.
+    """
+    try:
+        yield
+    except Unwritable as error:  # of a part of what is made
+        raise Unwritable(target, error.reason) from error
+    except VhablError:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, OSError) and error.errno else _refusal(temporary)
+        if reason is None or not _is_of(reason, temporary):
+            raise
+        raise Unwritable(target, reason) from error
+
+
+def _refusal(place: Path) -> OSError | None:
+    """What the system says to a write beside a file or folder, or None where it lets it happen."""
+    probe = place.with_name(f"{place.name}.more")
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_BLOCK))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return OSError(error.errno, error.strerror)  # without the probe's name
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None
+
+
+def _is_of(error: OSError, place: Path) -> bool:
+    """Whether an error may be one of a file or of what is in a folder: many name none."""
+    return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(place)
+
+
+def append(target: Path, content: bytes) -> None:
+    """Write at the end of a file, which is there or not."""
+    with named(target, target), target.open("ab") as file:
+        file.write(content)
 
 
 @contextmanager

@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from zipfile import ZipFile
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vhabl.cache import frozen_outputs
@@ -30,6 +28,7 @@ from vhabl.files import atomic_path
 from vhabl.methods.base import HashingMethod
 from vhabl.optim import WeightMean, build_optimizer, set_rate
 from vhabl.ranks import ALONE, Ranks
+from vhabl.scalars import ScalarLog
 from vhabl.stopping import StopRequests
 from vhabl.types import Batch, Dataset, Inputs, Rows
 
@@ -160,7 +159,8 @@ class Trainer:
             unit="epoch",
             disable=not self.progress_bar,
         )
-        with bar, self._log() as log, StopRequests("this epoch", self.here.size == 1) as requests:
+        log = self._log()
+        with bar, StopRequests("this epoch", self.here.size == 1) as requests:
             while progress.epoch < self.epochs and not self._stopped():
                 terms = self._train_epoch()
                 progress.epoch += 1
@@ -168,9 +168,8 @@ class Trainer:
                 if self.held_out is not None and progress.epoch % config.validation.every == 0:
                     row["validation"] = self._validate()
                 progress.history.append(row)
-                for name, value in row.items():
-                    if log is not None and isinstance(value, float):
-                        log.add_scalar(name, value, progress.epoch)
+                if log is not None:
+                    log.add(progress.epoch, {k: v for k, v in row.items() if isinstance(v, float)})
                 shown = {"loss": f"{terms['loss']:.3f}"}
                 if progress.best_epoch:
                     shown["best"] = f"{progress.best_score:.4f}@{progress.best_epoch}"
@@ -185,14 +184,13 @@ class Trainer:
         if self.held_out is not None and not progress.best_epoch:  # fewer epochs than `every`
             progress.history[-1]["validation"] = self._validate()
 
-    def _log(self) -> SummaryWriter | nullcontext[None]:
-        """Where losses are logged. Epochs after the saved state are trained again: their points are
-        purged.
+    def _log(self) -> ScalarLog | None:
+        """Where rank 0 logs losses. Epochs after the saved state are trained again: what was logged
+        of them no longer counts.
         """
         if self.here.rank > 0:
-            return nullcontext()
-        folder = self.log_folder / self.progress.phase
-        return SummaryWriter(str(folder), purge_step=self.progress.epoch + 1)
+            return None
+        return ScalarLog(self.log_folder / self.progress.phase, self.progress.epoch + 1)
 
     def _stopped(self) -> bool:
         patience = self.config.validation.patience

@@ -38,12 +38,13 @@ def build(packed: np.ndarray, kind: Graph) -> Any:
     import faiss
 
     bits = 8 * packed.shape[1]
-    index: faiss.IndexBinary
+    index: Any
     if kind == "hnsw":
         index = faiss.IndexBinaryHNSW(bits, NEIGHBOURS)
     else:
         clusters = max(1, min(round(4 * math.sqrt(len(packed))), len(packed) // PER_CLUSTER))
         index = faiss.index_binary_factory(bits, f"BIVF{clusters}")
+        index.cp.min_points_per_centroid = 1  # else it warns where there are fewer than 39 items
         index.train(packed)
     index.add(packed)
     return index

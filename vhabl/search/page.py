@@ -16,6 +16,7 @@ from where the index says, never from a path of a request; an upload is never wr
 from __future__ import annotations
 
 import io
+import logging
 import math
 import socket
 import threading
@@ -368,8 +369,10 @@ def refuse_port(host: str, port: int, error: Exception) -> NoReturn:
 
 
 def server(index: Index, hosts: tuple[str, ...] = LOCAL) -> uvicorn.Server:
+    # What a client does wrong is answered, not written: else anyone could fill the disk with it.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
-        make_app(index, hosts), log_level="warning", timeout_keep_alive=PATIENCE,
+        make_app(index, hosts), log_level="error", timeout_keep_alive=PATIENCE,
         server_header=False,
     )  # fmt: skip
     return uvicorn.Server(config)

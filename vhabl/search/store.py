@@ -24,7 +24,7 @@ import numpy as np
 
 from vhabl.errors import fail, plural
 from vhabl.evaluator import SHORTLIST
-from vhabl.files import alone, atomic_path, write_json
+from vhabl.files import alone, atomic_path, named, write_json
 from vhabl.search import approximate, scan
 from vhabl.search.engine import (
     FORMAT,
@@ -464,17 +464,18 @@ def create(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        part = _write_folder(temporary / "segment-0000", codes, items, graphs)
-        meta = {
-            "format": FORMAT, "engine": "folder", **about, "graphs": list(graphs), "centres": None,
-            "next": 1, "segments": {"segment-0000": part},
-        }  # fmt: skip
-        if centres is not None:
-            np.save(temporary / CENTRES, centres)
-            meta["centres"] = _checksum(temporary / CENTRES)
-        write_json(temporary / META, meta)
-        write_json(temporary / META, {**meta, **measure(Store(temporary))})
-        temporary.rename(folder)
+        with named(folder, temporary):
+            part = _write_folder(temporary / "segment-0000", codes, items, graphs)
+            meta = {
+                "format": FORMAT, "engine": "folder", **about, "graphs": list(graphs),
+                "centres": None, "next": 1, "segments": {"segment-0000": part},
+            }  # fmt: skip
+            if centres is not None:
+                np.save(temporary / CENTRES, centres)
+                meta["centres"] = _checksum(temporary / CENTRES)
+            write_json(temporary / META, meta)
+            write_json(temporary / META, {**meta, **measure(Store(temporary))})
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Store(folder)
@@ -486,10 +487,11 @@ def _write_folder(
     """A segment in a folder that is there whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: no index names it
-    temporary.mkdir(parents=True)
     try:
-        part = write_segment(temporary, codes, items, graphs)
-        temporary.rename(folder)
+        with named(folder, temporary):
+            temporary.mkdir(parents=True)
+            part = write_segment(temporary, codes, items, graphs)
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return part
