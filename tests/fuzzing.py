@@ -59,10 +59,11 @@ from vhabl.report import __main__ as report
 from vhabl.report.figures import training_curves
 from vhabl.search import __main__ as search
 from vhabl.search.page import uploaded
+from vhabl.search.store import _checksum
 from vhabl.search.where import parse
 from vhabl.settings import DataConfig
 from vhabl.shards import Part, Shard
-from vhabl.trainer import Trainer
+from vhabl.trainer import Progress, Trainer
 from vhabl.types import Codes
 
 SECONDS = 10.0
@@ -80,6 +81,7 @@ class Reader:
     make: Callable[[Path], object]
     read: Callable[[Path], object]
     names: tuple[str, ...] = ("**/*",)
+    seal: Callable[[Path], object] | None = None  # what else a forger would change
 
 
 READERS: dict[str, Reader] = {}
@@ -90,6 +92,11 @@ def reader(make: Callable[[Path], object], *names: str) -> Callable[[Callable[[P
         READERS[read.__name__] = Reader(make, read, names or ("**/*",))
 
     return add
+
+
+def restored(name: str) -> None:
+    shutil.rmtree(CASE, ignore_errors=True)
+    shutil.copytree(WHOLE / name, CASE)
 
 
 # -- MATLAB files ----------------------------------------------------------------------------------
@@ -373,9 +380,13 @@ def make_state(folder: Path) -> None:
 
 @reader(make_state)
 def state(path: Path) -> None:
-    found = READY.setdefault("trainer", None) or READY.setdefault("t", trainer())
+    if "trainer" not in READY:
+        READY["trainer"] = trainer()
+    found = READY["trainer"]
     found.state_path = path
-    found._resume(found._read_state())
+    saved = found._read_state()
+    found.progress = Progress(**saved["progress"])
+    found._restore(saved)
 
 
 READY: dict[str, Any] = {}
@@ -401,20 +412,23 @@ def shards(path: Path) -> None:
     Shard(path, "x").read()
 
 
+class TinyTowers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = torch.nn.Linear(3, 2)
+        self.logit_scale = torch.nn.Parameter(torch.ones([]))
+
+
 def make_clip_weights(folder: Path) -> None:
-    (folder / "towers.json").write_text(json.dumps(TINY_TOWERS), encoding="utf-8")
-    state = openclip.build_towers(str(folder / "towers.json"), "").state_dict()
-    small = {name: tensor for name, tensor in state.items() if tensor.numel() < 5000}
-    save_file(small, str(folder / "w.safetensors"))
-    torch.save({"state_dict": small, "epoch": 1}, folder / "w.pt")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(3, 2)), folder / "script.pt")
+    state = TinyTowers().state_dict()
+    save_file(state, str(folder / "w.safetensors"))
+    torch.save({"state_dict": state, "epoch": 1}, folder / "w.pt")
+    torch.jit.save(torch.jit.script(TinyTowers()), folder / "script.pt")
 
 
-@reader(make_clip_weights, "*.safetensors", "*.pt")
+@reader(make_clip_weights)
 def clip_weights(path: Path) -> None:
-    if "towers" not in READY:
-        READY["towers"] = openclip.build_towers(str(path.parent / "towers.json"), "")
-    openclip.load_weights(READY["towers"], str(path.parent / "towers.json"), str(path))
+    openclip.load_weights(TinyTowers(), "RN50", str(path))
 
 
 def make_cnn_weights(folder: Path) -> None:
@@ -458,6 +472,21 @@ def indexes(path: Path) -> None:
         search.main(["query", str(folder), "--like", "anywhere/3.png", "--mode", mode])
     search.main(["info", str(folder)])
 
+
+def seal(path: Path) -> None:
+    """Put the size and checksum of a changed file into the description of its index."""
+    meta = path.parent.parent / "index.json"
+    if meta.is_file():
+        text = json.loads(meta.read_text(encoding="utf-8"))
+        text["segments"][path.parent.name]["files"][path.name] = _checksum(path)
+        meta.write_text(json.dumps(text), encoding="utf-8")
+
+
+READERS["descriptions"] = Reader(make_index, READERS["indexes"].read, ("index/index.json",))
+# FAISS's own files can crash it: they are trusted as far as their checksums go.
+READERS["forged_indexes"] = Reader(
+    make_index, READERS["indexes"].read, ("index/*/*.npy", "index/*/*.bin"), seal
+)
 
 # -- cases -----------------------------------------------------------------------------------------
 
@@ -528,6 +557,8 @@ def work(name: str, first: int, count: int, report: int) -> None:
         file, content = damaged(name, number)
         path = CASE / file
         path.write_bytes(content)
+        if reader.seal is not None:
+            reader.seal(path)
         before, children = listing(Path()), of_children()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         held, started = memory("VmRSS"), time.perf_counter()
@@ -542,7 +573,10 @@ def work(name: str, first: int, count: int, report: int) -> None:
                 found = f"{grown / 2**20:,.0f} MB of memory ({found})"
             elif changed:
                 found = f"changed {changed[0][0]}"
-        shutil.copyfile(WHOLE / name / file, path)
+        if reader.seal is None:
+            shutil.copyfile(WHOLE / name / file, path)
+        else:
+            restored(name)
         os.write(report, json.dumps([number, found, seconds, grown]).encode() + b"\n")
 
 
@@ -551,8 +585,7 @@ def run(name: str, first: int, count: int) -> Tally:
     whole = WHOLE / name
     whole.mkdir(parents=True)
     READERS[name].make(whole)
-    shutil.rmtree(CASE, ignore_errors=True)
-    shutil.copytree(whole, CASE)
+    restored(name)
     for file, _ in (damaged(name, number) for number in range(3)):
         found = outcome(READERS[name].read, CASE / file)
         if found != "read":
@@ -604,8 +637,7 @@ def watch(name: str, first: int, end: int, tally: Tally) -> int:
     tally.failed.append(f"{name} {at}: {said}")
     if not begun:
         sys.exit(f"{name} {at}: the process died between two cases ({code})")
-    file, _ = damaged(name, at)
-    shutil.copyfile(WHOLE / name / file, CASE / file)
+    restored(name)
     return at + 1
 
 
