@@ -24,7 +24,7 @@ WORDS = (
     "0", "-1", "1e999", "nan", ".nan", ".inf", "1e-3", "9" * 5000, str(2**63), "0x7f", "1_000",
     "true", "null", "~", "''", '""', "[]", "{}", "[[1]]", "{a: 1}", "2001-99-99", "12:30:99",
     "k" * 100_000, "\ud7ff", "日本 \U0001f600\u202e", "\0", "\r", "\n", "\t", ",", ";", ":", "- ",
-    "[" * 5000, "{" * 5000, "{a: " * 3000, "((" * 3000, '"', "'", "&a [*a]", "*a", "<<: *a", "!!set {}",
+    "[" * 5000, "{" * 5000, "{a: " * 3000, "((" * 3000, '"', "'", "&a [*a]", "*a", "<<: *a",
     "!!python/object/apply:os.system [touch x]", "!!binary aaa", "!!float x", "!!int x",
     "!!timestamp 1-1-1", "? [a]", "---", "...", "%YAML 9", "../" * 50, "/dev/zero", "\\", "\\u0000",
 )  # fmt: skip
@@ -203,10 +203,24 @@ def npy(content: bytes, rng: random.Random) -> bytes:
     header = content[10 : 10 + size].decode("latin-1")
     kind = rng.randrange(4)
     if kind == 0:
-        shape = [rng.choice((0, 1, -1, 3, 2**20, 2**31, 2**40, 2**63)) for _ in range(rng.randrange(5))]
+        shape = [
+            rng.choice((0, 1, -1, 3, 2**20, 2**31, 2**40, 2**63)) for _ in range(rng.randrange(5))
+        ]
         header = re.sub(r"\(.*?\)", repr(tuple(shape)), header)
     elif kind == 1:
-        types = ("|O", "<f8", ">i2", "|b1", "<U9", "|S0", "<c16", "<M8[s]", "|V8", "<f2", "[('a', 'O')]")
+        types = (
+            "|O",
+            "<f8",
+            ">i2",
+            "|b1",
+            "<U9",
+            "|S0",
+            "<c16",
+            "<M8[s]",
+            "|V8",
+            "<f2",
+            "[('a', 'O')]",
+        )
         header = re.sub(r"'[<>|]\w+'", repr(rng.choice(types)), header)
     elif kind == 2:
         header = header.replace("False", "True")
@@ -223,10 +237,7 @@ def bomb(name: str, megabytes: int = 1200) -> bytes:
     about = {"descr": "|u1", "fortran_order": False, "shape": (megabytes * 2**20, 1)}
     np.lib.format.write_array_header_1_0(head, about)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
-        with new.open(name, "w", force_zip64=True) as member:
-            member.write(head.getvalue())
-            for _ in range(megabytes):
-                member.write(bytes(2**20))
+        new.writestr(name, head.getvalue() + bytes(megabytes * 2**20))
     return file.getvalue()
 
 
@@ -249,7 +260,9 @@ def archive(content: bytes, rng: random.Random) -> bytes:
                 mutate = npy if name.endswith(".npy") and len(inside) > 10 else any_bytes
                 new.writestr(name, mutate(inside, rng))
             elif kind < 0.9:
-                new.writestr(rng.choice(("x", "../x.npy", "/tmp/x", "bits.npy", "é", name * 2)), inside)
+                new.writestr(
+                    rng.choice(("x", "../x.npy", "/tmp/x", "bits.npy", "é", name * 2)), inside
+                )
     return file.getvalue()
 
 

@@ -87,7 +87,7 @@ def _received(pipe: IO[bytes]) -> Iterator[tuple[str, Any]]:
             raise value
         if isinstance(value, Blocks):
             array = np.empty(value.shape, value.dtype)
-            rest = memoryview(array.reshape(-1).view(np.uint8))
+            rest = array.reshape(-1).view(np.uint8).data
             while rest:
                 count = pipe.readinto(rest[:BLOCK])  # type: ignore[attr-defined]
                 if not count:
@@ -105,7 +105,7 @@ def _hand_over(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # ours is ended by the one that waits for it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library says of its crash
         _limit(2 * most + 4 * BLOCK, seconds)
-        with open(pipe, "wb") as file:  # noqa: PTH123
+        with open(pipe, "wb") as file:
             try:
                 for name, value in read():
                     most = _write(file, name, value, most)

@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vhabl import openclip
+from vhabl.apart import read_apart
 from vhabl.data.images import ImageFiles, read, rows_in_order
 from vhabl.encoders import Encoder, PixelEncoder
-from vhabl.apart import read_apart
 from vhabl.errors import brief, note
 from vhabl.files import atomic_path
 from vhabl.settings import EncoderConfig

@@ -82,7 +82,7 @@ def open_array(path: Path, expected: str) -> np.ndarray:
 
 
 def check_archive(path: Path) -> None:
-    """Raise ValueError where a file is no zip archive, or one that unpacks to far more than it is."""
+    """Raise ValueError where a file is no zip archive, or one that unpacks to far more."""
     with ZipFile(path) as archive:
         total = sum(member.file_size for member in archive.infolist())
     if total > most_content(path):

@@ -229,7 +229,14 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
                 float(row[name])
         if not rows:
             raise ValueError("no epoch")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         fail(path, f"content that is not a list of epochs ({brief(error)})", "what training writes")
     return rows
 

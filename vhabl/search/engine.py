@@ -148,7 +148,7 @@ def _is(value: Any, kind: Any) -> bool:
     return value is None or _is(value, [int]) if kind is None else type(value) is kind
 
 
-_ABOUT: dict[str, Any] = {  # what every index says; None: whole numbers, or nothing
+ABOUT: dict[str, Any] = {  # what an index says; None: whole numbers, or nothing
     "method": str, "task": str, "any_length": bool, "data": str, "run": str, "digest": str,
     "views": [str], "bits": int, "importance": None, "class_names": [str],
 }  # fmt: skip
@@ -167,11 +167,12 @@ def read_meta(
         meta = dict(json.loads(path.read_text(encoding="utf-8")))
         if meta["format"] != FORMAT:
             fail(path, f"format {meta['format']}", f"format {FORMAT}: build the index again")
-        if not all(_is(meta[name], kind) for name, kind in _ABOUT.items()):
-            raise ValueError("a value of another type")
+        for name in ABOUT.keys() & meta.keys():
+            if not _is(meta[name], ABOUT[name]):
+                raise ValueError(f"a value of another type as {name}")
         if not meta["views"] or not set(meta["views"]) <= {"fused", "image", "text"}:
             raise ValueError(f"views {meta['views']}")
-        importance = meta["importance"] or [0] * meta["bits"]
+        importance = meta.get("importance") or [0] * meta["bits"]
         if not 1 <= meta["bits"] <= 4096 or len(importance) != meta["bits"]:
             raise ValueError("another number of bits")
         if meta["engine"] not in ENGINES:

@@ -106,7 +106,10 @@ class Segment:
         self.choices = {v: open_array(folder / f"choices_{v}.npy", _WRITTEN) for v in choices}
         self._graphs: dict[tuple[str, str], Any] = {}
         self._places: dict[str, np.ndarray] = {}
-        self.id_hash, self.id_row = array("id_hash", np.uint64, size), array("id_row", np.uint32, size)
+        self.id_hash, self.id_row = (
+            array("id_hash", np.uint64, size),
+            array("id_row", np.uint32, size),
+        )
         self.texts = {name: Texts(folder, name, size) for name in TEXTS}
         self.alive = None
         if meta["alive"] is not None:
