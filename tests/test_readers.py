@@ -251,7 +251,7 @@ def test_a_file_cut_at_any_place_is_named(tmp_path: Path, write: Write) -> None:
     # Doubles: a cut in the padding after bytes would lose nothing.
     write(whole, {k: v.astype(np.float64) for k, v in feature_arrays().items()})
     content = whole.read_bytes()
-    step = max(1, len(content) // 300)
+    step = max(1, len(content) // 100)
     for cut in (*range(0, len(content), step), len(content) - 1):
         path.write_bytes(content[:cut])
         assert_fails(lambda: load_features(path, features_config()), path, [])
@@ -261,7 +261,7 @@ def test_damaged_bytes_of_hdf5_give_arrays_or_a_message(tmp_path: Path) -> None:
     whole, path = tmp_path / "whole.mat", tmp_path / "damaged.mat"
     write_mat73(whole, feature_arrays())
     content = whole.read_bytes()
-    for place in range(0, len(content), max(1, len(content) // 300)):
+    for place in range(0, len(content), max(1, len(content) // 100)):
         damaged = bytearray(content)
         damaged[place] ^= 0xFF
         path.write_bytes(damaged)

@@ -7,6 +7,8 @@ hands over what it read one array after the other, so that none is in memory twi
 
 from __future__ import annotations
 
+import faulthandler
+import fcntl
 import os
 import pickle
 import resource
@@ -24,6 +26,7 @@ from vhabl.errors import VhablError, brief, fail
 from vhabl.files import most_content
 
 BLOCK = 2**24  # bytes of an array that are handed over at once
+PIPE = 2**20  # bytes between the processes, where the system lets us choose
 SECONDS = 8  # of computing, and one more for each MB of the file
 
 
@@ -49,6 +52,9 @@ def read_apart(
     """
     seconds = SECONDS + path.stat().st_size // 2**20
     ours, theirs = os.pipe()
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # fewer turns of the two processes
+        with suppress(OSError):
+            fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, PIPE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, none of which is needed
         process = os.fork()
@@ -103,6 +109,7 @@ def _hand_over(
     """The whole life of the forked process."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # ours is ended by the one that waits for it
+        faulthandler.disable()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library says of its crash
         _limit(2 * most + 4 * BLOCK, seconds)
         with open(pipe, "wb") as file:
@@ -134,7 +141,7 @@ def _write(file: IO[bytes], name: str, value: Any, most: int) -> int:
     """Hand over a value, of at most so many bytes; how many are left."""
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         turned = not value.flags.c_contiguous and value.flags.f_contiguous
-        value = np.ascontiguousarray(value.T if turned else value)
+        value = np.asarray(value.T if turned else value, order="C")
         value = Blocks(value.shape, value.dtype, [value], turned)
     if not isinstance(value, Blocks):
         pickle.dump((name, value), file)
