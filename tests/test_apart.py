@@ -29,8 +29,9 @@ def test_values_come_over_as_they_were(file: Path) -> None:
     values: dict[str, Any] = {
         "rows": rng.normal(size=(300, 70)), "columns": rng.normal(size=(300, 70)).T,
         "every other": rng.normal(size=(30, 70))[::2, ::3], "one": np.array(3.5),
-        "none": np.zeros((0, 4)), "bits": rng.random((5, 5)) < 0.5, "words": np.array(["é", "longer"]),
-        "cells": np.array([["a", np.arange(3)]], object), "text": "text", "three": rng.random((2, 3, 4)),
+        "none": np.zeros((0, 4)), "bits": rng.random((5, 5)) < 0.5, "three": rng.random((2, 3, 4)),
+        "words": np.array(["é", "longer"]), "cells": np.array([["a", np.arange(3)]], object),
+        "text": "text",
     }  # fmt: skip
     found = read_apart(file, lambda: values.items(), "numbers")
     assert list(found) == list(values)
