@@ -110,7 +110,7 @@ def test_no_process_is_left_behind(file: Path, monkeypatch: pytest.MonkeyPatch) 
     """Nor waited for, where what it says cannot be taken in."""
 
     def sleeps() -> Iterator[tuple[str, Any]]:
-        yield "x", np.zeros(2**16)
+        yield "x", np.zeros(2**11)
         time.sleep(60)
 
     def stopped(*_: Any) -> None:

@@ -13,7 +13,12 @@ import pytest
 HERE = Path(__file__).parent
 FILES = int(os.environ.get("VHABL_FUZZ", "60"))  # of each reader
 FIRST = int(os.environ.get("VHABL_SEED", "0"))  # the number of the first one
-FOUND = ("features:14",)  # what once crashed, hung, took too much or ended with a traceback
+# What once crashed, hung, took too much or ended with a traceback; in runs, which are trained first.
+FOUND = ("features:14", "features:100", "features_73:33", "code_files:74", "recipes:30",
+         "recipes:51", "recipes:67", "overrides:1", "overrides:59", "filters:73",
+         "clip_weights:39", "clip_weights:83")  # fmt: skip
+FOUND_IN_RUNS = ("history:4", "weights:15", "weights:112", "encoded:2", "encoded:12", "indexes:2",
+                 "indexes:16", "indexes:92", "indexes:99", "indexes:108")  # fmt: skip
 
 
 def fuzz(first: int, count: int, *readers: str) -> int:
@@ -36,6 +41,11 @@ def test_a_few_files_of_each_format() -> None:
 
 def test_files_that_were_found_once() -> None:
     assert fuzz(0, 0, *FOUND) == len(FOUND)
+
+
+@pytest.mark.slow
+def test_files_of_runs_that_were_found_once() -> None:
+    assert fuzz(0, 0, *FOUND_IN_RUNS) == len(FOUND_IN_RUNS)
 
 
 @pytest.mark.slow
