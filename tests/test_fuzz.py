@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 FILES = int(os.environ.get("VHABL_FUZZ", "60"))  # of each reader
 FIRST = int(os.environ.get("VHABL_SEED", "0"))  # the number of the first one
-# What once crashed, hung, took too much or ended with a traceback; in runs, which are trained first.
+# What once crashed, hung, took too much or ended with a traceback; in runs, which are trained.
 FOUND = ("features:14", "features:100", "features_73:33", "code_files:74", "recipes:30",
          "recipes:51", "recipes:67", "overrides:1", "overrides:59", "filters:73",
          "clip_weights:39", "clip_weights:83")  # fmt: skip
