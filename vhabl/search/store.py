@@ -543,11 +543,14 @@ def _check(meta: dict[str, Any]) -> None:
             raise ValueError("items or alive of another type")
         if any(Path(file).name != file for file in (name, *part["files"])):
             raise ValueError("a file that is elsewhere")
-        if not all(len(said) == 2 for said in part["files"].values()):
-            raise ValueError("a file without size and checksum")
+        for said in (*part["files"].values(), meta.get("centres") or [0, 0]):
+            if not isinstance(said, list) or [type(number) for number in said] != [int, int]:
+                raise ValueError("a file without size and checksum")
     for view, modes in meta.get("recall", {}).items():
         for mode, found in modes.items():
-            if not isinstance(found["setting"], int | float):
+            if not all(
+                type(found[n]) in (int, float) for n in ("setting", "recall", "at", "queries")
+            ):
                 raise ValueError(f"a setting of {mode} on {view} that is no number")
 
 
