@@ -175,6 +175,8 @@ def read_meta(
         importance = meta.get("importance") or [0] * meta["bits"]
         if not 1 <= meta["bits"] <= 4096 or len(importance) != meta["bits"]:
             raise ValueError("another number of bits")
+        if not all(0 <= weight < 2**24 for weight in importance):
+            raise ValueError("weights of bits out of range")
         if meta["engine"] not in ENGINES:
             raise ValueError(f"engine {meta['engine']!r}")
         check(meta)

@@ -552,6 +552,8 @@ def _check(meta: dict[str, Any]) -> None:
                 type(found[n]) in (int, float) for n in ("setting", "recall", "at", "queries")
             ):
                 raise ValueError(f"a setting of {mode} on {view} that is no number")
+            if not 0 <= found["setting"] <= 2**20:
+                raise ValueError(f"a setting of {mode} on {view} out of range")
 
 
 def _check_size(path: Path, expected: Sequence[int]) -> None:
