@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from helpers import COLOURS, pair_config, write_pair_folder
 from PIL import Image
+from starlette.exceptions import HTTPException
 
 from vhabl import errors, train
 from vhabl.codes import pack
@@ -265,6 +266,52 @@ def test_a_body_that_does_not_say_how_long_it_is(
     )  # fmt: skip
     answer = connection.getresponse()
     assert answer.status == 413 and "longer body" in json.load(answer)["error"]
+
+
+def connected(base: str, content: bytes) -> socket.socket:
+    """A connection on which something was sent, that waits at most 20 seconds for an answer."""
+    host, port = urllib.parse.urlparse(base).netloc.split(":")
+    found = socket.create_connection((host, int(port)), timeout=20)
+    found.sendall(content)
+    return found
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"GET /api/info HT", b"GET /api/info HTTP/1.1\r\nhost: localhost\r\n\r\nGET /api/in"],
+    ids=["nothing", "the begin of a request", "a request and the begin of another"],
+)
+def test_a_connection_without_a_request_is_closed(
+    base: str, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(page, "PATIENCE", 0.2)
+    with connected(base, content) as connection:
+        found = b""
+        while block := connection.recv(65536):
+            found += block
+    assert found.count(b"200 OK") == content.count(b"HTTP/1.1")
+
+
+def test_a_slow_body_is_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "PATIENCE", 0.2)
+    head = (
+        b"POST /api/search HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n"
+        b"content-type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    )
+    with connected(base, head) as connection:
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 408 and "no whole body" in json.load(answer)["error"]
+    assert get(base, "/api/search", text="a")["hits"]
+
+
+def test_a_request_does_not_wait_for_ever(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = page.Page(index)
+    monkeypatch.setattr(page, "PATIENCE", 0.1)
+    with asked._turn(), pytest.raises(HTTPException, match="others at work") as refused:
+        asked.items()
+    assert refused.value.status_code == 503
+    assert asked.items()
 
 
 def test_pictures_come_from_the_index_alone(base: str, index: Index, root: Path) -> None:

@@ -12,6 +12,7 @@ import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from PIL import Image
 from vhabl.data import __main__ as data_command
 from vhabl.data import load, validation_split, without
 from vhabl.data.features import load_features
-from vhabl.data.images import read, to_pixels
+from vhabl.data.images import open_image, read, to_pixels
 from vhabl.data.pairs import describe_images, draw, read_pairs, to_splits, words
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
@@ -251,7 +252,7 @@ def test_a_file_cut_at_any_place_is_named(tmp_path: Path, write: Write) -> None:
     # Doubles: a cut in the padding after bytes would lose nothing.
     write(whole, {k: v.astype(np.float64) for k, v in feature_arrays().items()})
     content = whole.read_bytes()
-    step = max(1, len(content) // 300)
+    step = max(1, len(content) // 100)
     for cut in (*range(0, len(content), step), len(content) - 1):
         path.write_bytes(content[:cut])
         assert_fails(lambda: load_features(path, features_config()), path, [])
@@ -261,7 +262,7 @@ def test_damaged_bytes_of_hdf5_give_arrays_or_a_message(tmp_path: Path) -> None:
     whole, path = tmp_path / "whole.mat", tmp_path / "damaged.mat"
     write_mat73(whole, feature_arrays())
     content = whole.read_bytes()
-    for place in range(0, len(content), max(1, len(content) // 300)):
+    for place in range(0, len(content), max(1, len(content) // 100)):
         damaged = bytearray(content)
         damaged[place] ^= 0xFF
         path.write_bytes(damaged)
@@ -905,6 +906,20 @@ def test_the_check_names_every_bad_image(
     assert said[images[0]].startswith("error: ") and "found no such file" in said[images[0]]
     assert "cannot be read" in said[images[2]] and "cannot be read" in said[images[3]]
     assert "decompression bomb" in said[images[5]]
+
+
+def test_pictures_of_too_many_pixels_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a JPEG of which fewer are needed and decoded."""
+    monkeypatch.setattr("vhabl.data.images.PIXELS", 1000)
+    for name, pixels, side, read in (
+        ("a.png", 30, 0, True), ("b.png", 40, 8, False), ("c.jpg", 40, 0, False),
+        ("d.jpg", 40, 8, True), ("e.jpg", 50, 8, False),
+    ):  # fmt: skip
+        Image.new("RGB", (pixels, pixels)).save(name)
+        with nullcontext() if read else pytest.raises(VhablError, match=f"{pixels} x {pixels} "):
+            open_image(Path(name), side=side)
 
 
 def test_the_check_of_disagreeing_files_says_so(tmp_path: Path) -> None:

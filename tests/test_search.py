@@ -201,7 +201,10 @@ def test_a_filter_that_is_none(text: str, message: str) -> None:
 
 # -- codes on disk ---------------------------------------------------------------------------------
 
-ABOUT = {"views": ["image", "text"], "bits": 24, "class_names": ["a", "b", "c"]}
+ABOUT = {
+    "method": "own", "task": "cross", "any_length": True, "data": "own", "run": "run", "digest": "",
+    "views": ["image", "text"], "bits": 24, "importance": None, "class_names": ["a", "b", "c"],
+}  # fmt: skip
 
 
 def items(count: int, begin: int = 0) -> engine.Items:

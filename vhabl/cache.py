@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vhabl import openclip
+from vhabl.apart import read_apart
 from vhabl.data.images import ImageFiles, read, rows_in_order
 from vhabl.encoders import Encoder, PixelEncoder
 from vhabl.errors import brief, fail, note
@@ -120,26 +121,31 @@ def _open(
     if not path.exists():
         return None
     try:
-        with h5py.File(path, "r") as file:
-            theirs = json.loads(str(file.attrs["made_with"]))
-            sums = json.loads(str(file.attrs["checksums"]))
-            places = {
-                view: (file[view].id.get_offset(), file[view].shape, file[view].dtype)
-                for view in views
-            }
+        found = read_apart(path, lambda: _described(path, views), "outputs of a frozen part")
+        theirs, sums = json.loads(found.pop("made_with")), json.loads(found.pop("checksums"))
         changed = [part for part, value in made_with.items() if theirs.get(part) != value]
         if changed:
             note(f"{path}: made with other {', '.join(changed)}: made anew")
             return None
         arrays = {}
-        for view, (offset, shape, dtype) in places.items():
+        for view, (offset, shape, dtype) in found.items():
             arrays[view] = np.memmap(path, dtype, "r", offset, shape)
             if _checksum(arrays[view]) != sums[view]:
                 raise ValueError(f"another checksum of {view}")
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # damaged bytes raise many types
         note(f"{path}: damaged ({brief(error)}): made anew")
         return None
     return arrays
+
+
+def _described(path: Path, views: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """What a file says of itself, and where its arrays are."""
+    with h5py.File(path, "r") as file:
+        for name in ("made_with", "checksums"):
+            yield name, str(file.attrs[name])
+        for view in views:
+            node = file[view]
+            yield view, (node.id.get_offset(), node.shape, node.dtype)
 
 
 def _checksum(array: np.ndarray) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
 
 from vhabl import openclip
 from vhabl.errors import brief, fail
-from vhabl.files import locate
+from vhabl.files import check_archive, locate
 
 NETWORKS = ("alexnet", "vgg16")
 SIDE = 224  # of the pictures that they were trained on
@@ -57,6 +58,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
             state = load_file(path)
         else:
+            if is_zipfile(path):
+                check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise many types
         fail(

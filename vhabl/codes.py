@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vhabl.errors import brief, fail, note, plural
-from vhabl.files import atomic_path
+from vhabl.files import atomic_path, check_archive
 from vhabl.matfile import read_mat
 from vhabl.types import Codes
 
@@ -143,21 +141,12 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz of packed codes, codes unpacked to +-1. Raises VhablError."""
     expected = "an .npz of packed codes"
     try:
-        zipfile.ZipFile(path).close()  # np.load would also take a single array
+        check_archive(path)  # np.load would also take a single array
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file.items())
     except FileNotFoundError:
         fail(path, "no such file", expected)
-    # Damaged bytes of an archive raise many types; none of them can be told from the others.
-    except (
-        ValueError,
-        OSError,
-        zipfile.BadZipFile,
-        EOFError,
-        KeyError,
-        RuntimeError,
-        zlib.error,
-    ) as error:  # NotImplementedError is a RuntimeError
+    except Exception as error:  # damaged bytes raise many types
         fail(path, f"a file that cannot be read ({brief(error)})", expected)
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
         fail(path, "an archive of other files", expected)

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from vhabl import cnn, encoders, methods, openclip
-from vhabl.errors import VhablError, fail
+from vhabl.errors import VhablError, brief, fail
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import (
     REQUIRED,
@@ -37,6 +37,7 @@ from vhabl.types import DataSpec
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 COMMAND_LINE = "command line"
+LONGEST = 2**18  # characters of a YAML text: a parser in Python takes seconds for more
 
 # Keys that say where and how a run is carried out, not what it computes.
 _CARRIED_OUT = {"out", "codes", "resume", "device", "threads", "save_every"}
@@ -368,11 +369,30 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return _parse_yaml(text, path)
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values alone: a few lines of aliases can stand for more than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias, *{self.peek_event().anchor}")
+        return super().compose_node(parent, index)
+
+
+def _value(text: str) -> Any:
+    """What a YAML text holds. Raises ValueError where it is none."""
+    if len(text) > LONGEST:
+        raise ValueError(f"{len(text):,} characters, more than {LONGEST:,}")
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # its constructors of values raise many types
+        raise ValueError(brief(error)) from None
+
+
 def _parse_yaml(text: str, where: object) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        fail(where, f"text that is not YAML ({' '.join(str(error).split())})", "keys and values")
+        values = _value(text)
+    except ValueError as error:
+        fail(where, f"text that is not YAML ({error})", "keys and values")
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         fail(where, f"a {type(values).__name__}", "a YAML file of keys and values")
     return values
@@ -385,8 +405,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not sign or not name:
             fail(f"argument {text!r}", "no key=value", "such as epochs=60")
         try:
-            given[name] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+            given[name] = _value(value) if value else ""
+        except ValueError:
             fail(f"{COMMAND_LINE}: key {name}", repr(value), "a YAML value")
     return given
 

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+from zipfile import ZipFile
+
+import numpy as np
 
 from vhabl.errors import VhablError, brief, describe_os_error, fail
 
@@ -118,6 +121,31 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(held)
+
+
+def most_content(path: Path) -> int:
+    """The most bytes that the content of a file may take: what declares more than deflate can pack,
+    1,032 times the file, is damaged or was made to fill the memory.
+    """
+    return max(2**28, 1032 * path.stat().st_size)
+
+
+def open_array(path: Path, expected: str) -> np.ndarray:
+    """The array of a .npy file as a memory map, which holds no Python objects: reading them could
+    run code. Raises VhablError where the file is none.
+    """
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # damaged bytes raise many types
+        fail(path, f"a damaged or foreign file ({brief(error)})", expected)
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError where a file is no zip archive, or one that unpacks to far more."""
+    with ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+    if total > most_content(path):
+        raise ValueError(f"an archive of {total:,} bytes of content")
 
 
 def write_text(target: Path, text: str) -> None:

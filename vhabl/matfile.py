@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import scipy.io
 import scipy.sparse
 
-from vhabl.errors import VhablError, brief, fail
+from vhabl.apart import BLOCK, Blocks, read_apart
+from vhabl.errors import fail
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _EXPECTED = "a MATLAB 5 or 7.3 file"
@@ -43,45 +44,24 @@ def read_mat(path: Path, keys: Iterable[str] | None = None) -> dict[str, np.ndar
     """The variables of a MATLAB file as dense arrays in MATLAB's orientation.
 
     Version 7.3 stores each array transposed; it is turned back here. Sparse matrices become dense;
-    cell arrays of strings become object arrays of str. keys: read these only, where present.
-    Raises VhablError where the file is missing, damaged or of another kind.
+    cell arrays of strings become object arrays of str. keys: read these only, where present. The
+    file is read by another process (`vhabl.apart`). Raises VhablError where it is missing, damaged
+    or of another kind.
     """
     wanted = None if keys is None else set(keys)
-    hdf5 = is_hdf5(path)
-    try:
-        return _read_hdf5(path, wanted) if hdf5 else _read_v5(path, wanted)
-    except (VhablError, MemoryError):
-        raise
-    except FileNotFoundError:
-        raise
-    # The readers raise many types on damaged bytes; none of them can be told from the others.
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        RuntimeError,
-        EOFError,
-        AttributeError,
-        NotImplementedError,
-        OverflowError,
-        zlib.error,
-        UnicodeDecodeError,
-        NameError,
-    ) as error:
-        fail(path, f"a damaged or truncated file ({brief(error)})", _EXPECTED)
+    read = _read_hdf5 if is_hdf5(path) else _read_v5
+    return read_apart(path, lambda: read(path, wanted), _EXPECTED)
 
 
-def _read_v5(path: Path, wanted: set[str] | None) -> dict[str, np.ndarray]:
-    names = None if wanted is None else sorted(wanted)
-    content = scipy.io.loadmat(path, variable_names=names)
-    return {k: _dense(v) for k, v in content.items() if not k.startswith("__")}
+def _read_v5(path: Path, wanted: set[str] | None) -> Iterator[tuple[str, np.ndarray]]:
+    for name, _, _ in scipy.io.whosmat(path):
+        if wanted is None or name in wanted:
+            yield name, _dense(scipy.io.loadmat(path, variable_names=[name])[name])
 
 
 def _dense(value: Any) -> np.ndarray:
     if scipy.sparse.issparse(value):
-        return np.asarray(value.todense())
+        return _checked(value).toarray()
     array = np.asarray(value)
     if array.dtype == object:  # a cell array: unwrap the 1-element arrays around its strings
         return np.frompyfunc(_unwrap, 1, 1)(array)
@@ -98,10 +78,37 @@ def _unwrap(cell: Any) -> Any:
     return str(cell) if isinstance(cell, np.str_) else cell
 
 
-def _read_hdf5(path: Path, wanted: set[str] | None) -> dict[str, np.ndarray]:
+def _checked(matrix: Any) -> Any:
+    """A sparse matrix whose indices lie within it. Raises ValueError where they do not."""
+    matrix.check_format(full_check=True)
+    return matrix
+
+
+def _read_hdf5(path: Path, wanted: set[str] | None) -> Iterator[tuple[str, np.ndarray | Blocks]]:
     with h5py.File(path, "r") as file:
-        names = [k for k in file if not k.startswith("#") and (wanted is None or k in wanted)]
-        return {name: _hdf5_value(file, file[name]) for name in names}
+        for name in file:
+            if not name.startswith("#") and (wanted is None or name in wanted):
+                node = file[name]
+                yield name, _in_blocks(node) if _is_numeric(node) else _hdf5_value(file, node)
+
+
+def _is_numeric(node: h5py.Group | h5py.Dataset) -> bool:
+    return (
+        isinstance(node, h5py.Dataset)
+        and node.ndim > 0
+        and node.dtype.kind in "fiub"
+        and node.attrs.get("MATLAB_class") not in (b"cell", b"char")
+        and not node.attrs.get("MATLAB_empty", 0)
+    )
+
+
+def _in_blocks(node: h5py.Dataset) -> Blocks:
+    """An array of numbers, read by whole chunks of the file."""
+    row = node.dtype.itemsize * math.prod(node.shape[1:])
+    chunk = node.chunks[0] if node.chunks else 1
+    step = chunk * max(1, BLOCK // max(1, row * chunk))
+    parts = (node[start : start + step] for start in range(0, node.shape[0], step))
+    return Blocks(node.shape, node.dtype, parts, turned=True)
 
 
 def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
@@ -111,7 +118,7 @@ def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
         columns = node["jc"][()]
         shape = (int(node.attrs["MATLAB_sparse"]), len(columns) - 1)
         data, rows = (node["data"][()], node["ir"][()]) if "data" in node else ([], [])
-        return scipy.sparse.csc_matrix((data, rows, columns), shape=shape).toarray()
+        return _checked(scipy.sparse.csc_matrix((data, rows, columns), shape=shape)).toarray()
     matlab_class = node.attrs.get("MATLAB_class", b"")
     if node.attrs.get("MATLAB_empty", 0):
         return np.zeros((0, 0))

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from vhabl.apart import read_apart
 from vhabl.errors import VhablError, brief, fail, note
-from vhabl.files import locate
+from vhabl.files import check_archive, locate
 
 WEIGHTS_FOLDER = "cache"  # where open_clip's downloads go
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
@@ -221,11 +222,19 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
 
 def _unpickle(path: Path) -> Any:
     if zipfile.is_zipfile(path):
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if any(name.endswith("/constants.pkl") for name in names):  # a script: OpenAI's archive
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+            found = read_apart(path, lambda: _script(path), "a script of towers")
+            return {name: torch.from_numpy(array) for name, array in found.items()}
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _script(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a script, which torch reads with code that damaged bytes can crash."""
+    for name, tensor in torch.jit.load(str(path), map_location="cpu").state_dict().items():
+        yield name, tensor.numpy()
 
 
 def _download(model: str, weights: str) -> Path:

@@ -130,19 +130,33 @@ def load(folder: Path) -> Run:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        spec = DataSpec(**json.loads(header["spec"]))
+        spec = _read_spec(header["spec"])
         text, fingerprint, digest = header["config"], header["fingerprint"], header["digest"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(path, f"a damaged or foreign file ({brief(error)})", "weights saved by vhabl.train")
     config = from_yaml(text, path)
-    method = build_method(config, spec, pretrained=False)
-    wrong = _mismatch(method.state_dict(), tensors)
+    with torch.device("meta"):  # shapes alone: nothing is allocated before they fit
+        expected = build_method(config, spec, pretrained=False)
+    wrong = _mismatch(expected.state_dict(), tensors)
     if not wrong and digest_of(sorted(tensors.items())) != digest:
         wrong = "other values than were saved"
     if wrong:
-        fail(path, wrong, f"the tensors of {method.title} as its configuration describes it")
+        fail(path, wrong, f"the tensors of {expected.title} as its configuration describes it")
+    method = build_method(config, spec, pretrained=False)
     method.load_state_dict(tensors)
     return Run(folder, config, method.eval(), fingerprint, digest)
+
+
+def _read_spec(text: str) -> DataSpec:
+    """Raises ValueError, TypeError or RecursionError for what `save` did not write."""
+    spec = DataSpec(**json.loads(text))
+    sizes = (spec.image_dim, spec.text_dim, spec.classes, spec.train_items)
+    if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+        raise ValueError(f"sizes {sizes}")
+    for names in (spec.class_names, spec.vocabulary, [spec.name]):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("names that are no texts")
+    return spec
 
 
 def _mismatch(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
@@ -206,16 +220,31 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """Losses and validation of every epoch. Raises VhablError where the file is damaged."""
     path = folder / HISTORY_FILE
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = list(json.loads(path.read_text(encoding="utf-8")))
+        terms = {phase: _terms(rows, phase) for phase in ("select", "final")}
         for row in rows:
-            numbers = [value for name, value in row.items() if name != "phase"]
-            if row["phase"] not in ("select", "final") or not isinstance(row["epoch"], int):
-                raise ValueError("no phase or epoch")
-            if not all(isinstance(value, int | float) for value in numbers):
-                raise ValueError("a loss that is no number")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if type(row["epoch"]) is not int or row.keys() - {"validation"} != terms[row["phase"]]:
+                raise ValueError("no epoch, or other terms than before")
+            for name in row.keys() - {"phase"}:
+                float(row[name])
+        if not rows:
+            raise ValueError("no epoch")
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         fail(path, f"content that is not a list of epochs ({brief(error)})", "what training writes")
-    return list(rows)
+    return rows
+
+
+def _terms(rows: list[dict[str, Any]], phase: str) -> set[str]:
+    """What the first row of a phase holds, with its loss, but for a validation."""
+    first = next((row for row in rows if row["phase"] == phase), {})
+    return {*first.keys(), "loss"} - {"validation"}
 
 
 def read_records(path: Path) -> list[Record]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vhabl.errors import fail, plural
-from vhabl.files import atomic_path
+from vhabl.files import atomic_path, check_archive
 from vhabl.types import Rows
 
 BLOCK = 1024  # items that a signature reads at once
@@ -46,6 +46,7 @@ class Shard:
     def read(self) -> Part | None:
         """The part, or None where the file is not there, damaged, or of another signature."""
         try:
+            check_archive(self.path)
             with np.load(self.path, allow_pickle=False) as file:
                 if str(file["signature"]) != self.signature:
                     return None

@@ -24,7 +24,7 @@ from vhabl.data.images import read
 from vhabl.encoders import digest_of
 from vhabl.errors import Stopped, VhablError, brief, fail
 from vhabl.evaluator import batches_in_order, validation_score
-from vhabl.files import atomic_path
+from vhabl.files import atomic_path, check_archive
 from vhabl.methods.base import HashingMethod
 from vhabl.optim import WeightMean, build_optimizer, set_rate
 from vhabl.ranks import ALONE, Ranks
@@ -305,6 +305,7 @@ class Trainer:
         if not self.state_path.exists():
             return None
         try:
+            check_archive(self.state_path)
             with ZipFile(self.state_path) as archive:  # torch compares no checksum of its own
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"another checksum of {damaged}")

@@ -16,6 +16,9 @@ from vhabl.errors import VhablError, fail
 from vhabl.types import Inputs, Rows, Split
 
 IN_MEMORY = 2**28  # bytes of pixels up to which a set's images are read once and kept
+# Pixels that are decoded at most: a decoder may hold four copies of 4 bytes each. A JPEG may have
+# twice as many where fewer of them are needed.
+PIXELS = 62_000_000
 LONGEST = 256  # sides of a picture, long to short
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 
@@ -32,8 +35,11 @@ def open_image(path: Path | BinaryIO | Image.Image, name: str = "", side: int = 
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > LONGEST * min(image.size):  # its short side would be enlarged
                 raise ValueError(f"{image.width} x {image.height} pixels")
+            width, height = image.size
             if side:
                 image.draft(None, (2 * side, 2 * side))
+            if width * height > 2 * PIXELS or image.width * image.height > PIXELS:
+                raise ValueError(f"{width} x {height} pixels")
             deep = image.mode in ("I", "F") or image.mode.startswith("I;")
             return (_to_grey(image) if deep else image).convert("RGB")
     except FileNotFoundError:
@@ -47,12 +53,16 @@ def open_image(path: Path | BinaryIO | Image.Image, name: str = "", side: int = 
 
 def _to_grey(image: Image.Image) -> Image.Image:
     """A picture of 16 or more bits a pixel as one of 8: its own range becomes 0 to 255."""
-    values = np.asarray(image, np.float64)
+    values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16") or (image.mode == "I" and high > 255):
         low, high = 0.0, 65535.0
-    scaled = (values - low) / max(high - low, 1e-12) * 255
-    return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for rows in range(0, len(values), 256):  # the numbers between take 8 bytes each
+        some = values[rows : rows + 256].astype(np.float64)
+        scaled = (some - low) / max(high - low, 1e-12) * 255
+        grey[rows : rows + 256] = np.clip(scaled, 0, 255)
+    return Image.fromarray(grey)
 
 
 def to_pixels(image: Image.Image, side: int, squeeze: bool) -> np.ndarray:

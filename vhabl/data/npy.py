@@ -24,7 +24,8 @@ from PIL import Image
 from vhabl.data.features import as_features, as_labels, content_ids, require_same
 from vhabl.data.images import ImageFiles, rows_in_order
 from vhabl.data.pairs import Roles, describe_images, picture_side
-from vhabl.errors import brief, fail, plural
+from vhabl.errors import fail, plural
+from vhabl.files import open_array
 from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.types import Rows, Split
 
@@ -98,13 +99,9 @@ def _joined(path: Path, parts: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _open(file: Path) -> np.ndarray:
-    """An array as a memory map, which holds no Python objects: reading them could run code."""
     if not file.is_file():
         fail(file, "no such file", "HQ's layout: " + ", ".join(f"{name}.npy" for name in NAMES))
-    try:
-        return np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:  # damaged bytes raise many types
-        fail(file, f"a damaged or foreign file ({brief(error)})", "an array of numbers (.npy)")
+    return open_array(file, "an array of numbers (.npy)")
 
 
 def _check_images(file: Path, values: np.ndarray) -> None:

@@ -141,6 +141,19 @@ def refuse_id(folder: Path, identity: str, there: bool) -> NoReturn:
     fail(where, "no item that has it", "the id of an item")
 
 
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a type, or a list of one."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(type(v) is kind[0] for v in value)
+    return value is None or _is(value, [int]) if kind is None else type(value) is kind
+
+
+ABOUT: dict[str, Any] = {  # what an index says; None: whole numbers, or nothing
+    "method": str, "task": str, "any_length": bool, "data": str, "run": str, "digest": str,
+    "views": [str], "bits": int, "importance": None, "class_names": [str],
+}  # fmt: skip
+
+
 def read_meta(
     folder: Path, check: Callable[[dict[str, Any]], object] = lambda _: None
 ) -> dict[str, Any]:
@@ -154,8 +167,16 @@ def read_meta(
         meta = dict(json.loads(path.read_text(encoding="utf-8")))
         if meta["format"] != FORMAT:
             fail(path, f"format {meta['format']}", f"format {FORMAT}: build the index again")
-        if not meta["views"] or not isinstance(meta["bits"], int):
-            raise ValueError("no views or bits")
+        for name in ABOUT.keys() & meta.keys():
+            if not _is(meta[name], ABOUT[name]):
+                raise ValueError(f"a value of another type as {name}")
+        if not meta["views"] or not set(meta["views"]) <= {"fused", "image", "text"}:
+            raise ValueError(f"views {meta['views']}")
+        importance = meta.get("importance") or [0] * meta["bits"]
+        if not 1 <= meta["bits"] <= 4096 or len(importance) != meta["bits"]:
+            raise ValueError("another number of bits")
+        if not all(0 <= weight < 2**24 for weight in importance):
+            raise ValueError("weights of bits out of range")
         if meta["engine"] not in ENGINES:
             raise ValueError(f"engine {meta['engine']!r}")
         check(meta)

@@ -29,7 +29,18 @@ from vhabl.encode import load as load_model
 from vhabl.errors import fail
 from vhabl.metrics import integer_weights
 from vhabl.search import approximate, scan, store
-from vhabl.search.engine import ENGINES, Engine, Hit, Items, Mode, Query, check_new, read_meta
+from vhabl.search.engine import (
+    ABOUT,
+    ENGINES,
+    META,
+    Engine,
+    Hit,
+    Items,
+    Mode,
+    Query,
+    check_new,
+    read_meta,
+)
 from vhabl.search.where import parse
 
 
@@ -55,7 +66,10 @@ class Index:
     def open(cls, folder: str | Path, device: str = "auto") -> Index:
         """Raises VhablError for a folder without a whole index, or an engine without answer."""
         folder = Path(folder)
-        if read_meta(folder)["engine"] == "milvus":
+        meta = read_meta(folder)
+        for name in ABOUT.keys() - meta.keys():
+            fail(folder / META, f"no {name}", "what vhabl.search wrote")
+        if meta["engine"] == "milvus":
             from vhabl.search.milvus import Collection
 
             return cls(Collection(folder), device)

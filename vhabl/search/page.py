@@ -15,13 +15,15 @@ from where the index says, never from a path of a request; an upload is never wr
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import math
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -33,6 +35,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vhabl.data.images import FORMATS, open_image
 from vhabl.errors import VhablError, fail
@@ -48,7 +51,7 @@ TEXT = 4000  # characters of a query
 SHOWN = 512  # pixels of a picture's longer side
 BEGIN = 24  # items to begin with
 AT_ONCE = 64  # requests; others are told to come back
-PATIENCE = 30  # seconds that a connection may be idle
+PATIENCE = 30  # seconds that a connection may be idle, a body take, and a request wait its turn
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'",
@@ -119,7 +122,7 @@ class Page:
             fail("key expect", repr(expect), "the name of a class of the index")
         if sum(given is not None for given in (like, code)) + bool(text or image) > 1:
             fail("query", "several of a text or picture, an item and a code", "one of them")
-        with self.lock:
+        with self._turn():
             bits = self.index.check(top, bits, mode)
             wanted = {expect} if expect else set()
             features = None
@@ -149,6 +152,17 @@ class Page:
             "hits": [self._shown(hit, wanted) for hit in hits],
         }
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The index for this request alone, once those before it are done."""
+        if not self.lock.acquire(timeout=PATIENCE):
+            said = f"server: found others at work for {PATIENCE} seconds; expected fewer requests"
+            raise HTTPException(503, said)
+        try:
+            yield
+        finally:
+            self.lock.release()
+
     def _code(self, digits: str) -> np.ndarray:
         bits = self.index.engine.bits
         try:
@@ -160,7 +174,7 @@ class Page:
         return packed[None]
 
     def items(self) -> list[dict[str, Any]]:
-        with self.lock:
+        with self._turn():
             return [self._shown(hit, set()) for hit in self.index.engine.some(BEGIN)]
 
     @staticmethod
@@ -173,7 +187,7 @@ class Page:
 
     def picture(self, identity: str) -> tuple[bytes, str]:
         """The picture of an item, made small, and its type. Raises VhablError where it has none."""
-        with self.lock:
+        with self._turn():
             hit, _ = self.index.engine.item(identity)
         if not hit.image:
             fail(f"id {identity}", "an item without a picture", "one that has a picture")
@@ -205,7 +219,7 @@ def uploaded(content: bytes) -> Image.Image:
 
 
 class Limits:
-    """Refuses bodies that are too long, and requests beyond those that are at work."""
+    """Refuses bodies that are too long or too slow, and requests beyond those that are at work."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self.app = app
@@ -216,17 +230,28 @@ class Limits:
             await self.app(scope, receive, send)
             return
         seen, over = 0, False
+        until: float | None = asyncio.get_running_loop().time() + PATIENCE
+
+        async def end(status: int, message: str) -> NoReturn:
+            nonlocal over
+            if not over:
+                await refuse(status, message)(scope, receive, sent)
+            over = True
+            raise Refused
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal seen, over
-            message = await receive()
+            nonlocal seen, until
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                await end(408, f"request: found no whole body; expected it in {PATIENCE} seconds")
             seen += len(message.get("body", b""))
-            if seen > BODY and not over:
+            if seen > BODY:
                 said = f"request: found a longer body; expected at most {BODY:,} bytes"
-                await refuse(413, said)(scope, receive, sent)
-                over = True
-            if over:
-                raise TooLong
+                await end(413, said)
+            if not message.get("more_body"):  # what comes then is the end of the connection
+                until = None
             return message
 
         async def sent(message: MutableMapping[str, Any]) -> None:
@@ -251,14 +276,32 @@ class Limits:
         self.at_work += 1
         try:
             await self.app(scope, counted, sent)
-        except TooLong:
+        except Refused:
             pass
         finally:
             self.at_work -= 1
 
 
-class TooLong(Exception):
-    """A body that goes on beyond the limit."""
+class Refused(Exception):
+    """A request that was answered before its body was read."""
+
+
+class Connection(H11Protocol):
+    """A connection that is closed where no request is at work and none begins: uvicorn waits for
+    the first one, and for the rest of one that has begun, for ever.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(PATIENCE, self._look, None)
+
+    def _look(self, last: object) -> None:
+        """last: the request that was at work, or the last one, when this was looked at before."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is last:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(PATIENCE, self._look, self.cycle)
 
 
 def refuse(status: int, message: str) -> JSONResponse:
@@ -373,7 +416,7 @@ def server(index: Index, hosts: tuple[str, ...] = LOCAL) -> uvicorn.Server:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
         make_app(index, hosts), log_level="error", timeout_keep_alive=PATIENCE,
-        server_header=False,
+        server_header=False, http=Connection,
     )  # fmt: skip
     return uvicorn.Server(config)
 

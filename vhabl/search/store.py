@@ -24,7 +24,7 @@ import numpy as np
 
 from vhabl.errors import fail, plural
 from vhabl.evaluator import SHORTLIST
-from vhabl.files import alone, atomic_path, named, write_json
+from vhabl.files import alone, atomic_path, named, open_array, write_json
 from vhabl.search import approximate, scan
 from vhabl.search.engine import (
     FORMAT,
@@ -42,20 +42,33 @@ from vhabl.search.engine import (
 
 TEXTS = ("ids", "captions", "images")
 CENTRES = "centres.npy"
+_WRITTEN = "what vhabl.search wrote"
 _BLOCK = 2**24  # bytes of a file that are read at once for its checksum
+
+
+def _array(path: Path, kind: Any, *shape: int) -> np.ndarray:
+    """A memory map of an array. Raises VhablError where it is of another type or shape."""
+    found = open_array(path, _WRITTEN)
+    if found.dtype != kind or found.shape != shape:
+        said = f"shape {found.shape} of type {found.dtype}"
+        fail(path, said, f"{shape} of {np.dtype(kind)}, as {META} says")
+    return found
 
 
 class Texts:
     """Strings in a file, read when they are indexed."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.at = np.load(folder / f"{name}_at.npy", mmap_mode="r")
-        size = int(self.at[-1])
-        path = folder / f"{name}.bin"
-        self.content = np.memmap(path, np.uint8, "r", shape=size) if size else np.zeros(0, np.uint8)
+    def __init__(self, folder: Path, name: str, count: int) -> None:
+        self.at = _array(folder / f"{name}_at.npy", np.int64, count + 1)
+        self.path = folder / f"{name}.bin"
+        size = self.path.stat().st_size
+        self.content = np.memmap(self.path, np.uint8, "r") if size else np.zeros(0, np.uint8)
 
     def __getitem__(self, row: int) -> str:
-        return self.content[self.at[row] : self.at[row + 1]].tobytes().decode("utf-8")
+        try:
+            return self.content[self.at[row] : self.at[row + 1]].tobytes().decode("utf-8")
+        except UnicodeDecodeError:
+            fail(self.path, "bytes that are not UTF-8", f"those of {META}: the file was changed")
 
     @staticmethod
     def write(folder: Path, name: str, values: Sequence[str]) -> None:
@@ -73,27 +86,41 @@ def hashes(ids: Sequence[str]) -> np.ndarray:
 
 
 class Segment:
-    """A part of an index, read-only."""
+    """A part of an index, read-only. Raises VhablError where its arrays do not fit."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], views: Sequence[str]) -> None:
-        def array(name: str) -> np.ndarray:
-            found: np.ndarray = np.load(folder / f"{name}.npy", mmap_mode="r")
-            return found
+    def __init__(self, folder: Path, meta: dict[str, Any], about: dict[str, Any]) -> None:
+        def array(name: str, kind: Any, *shape: int) -> np.ndarray:
+            return _array(folder / f"{name}.npy", kind, *shape)
 
-        self.folder, self.meta, self.size = folder, meta, int(meta["items"])
-        codes = {view: array(f"codes_{view}") for view in views}
+        self.folder, self.meta, self.size = folder, meta, meta["items"]
+        size, views = self.size, about["views"]
+        packed, labels = (-(-n // 8) for n in (about["bits"], len(about["class_names"])))
+        codes = {view: array(f"codes_{view}", np.uint8, size, packed) for view in views}
         self.widths = {view: packed.shape[1] for view, packed in codes.items()}
         self.words = {view: scan.to_words(packed) for view, packed in codes.items()}
-        self.starts = {view: np.asarray(array(f"starts_{view}")) for view in views}
-        self.rows = {view: array(f"rows_{view}") for view in views[1:]}
-        self.labels = array("labels")
+        starts = {v: array(f"starts_{v}", np.int64, 2**scan.PREFIX + 1) for v in views}
+        self.starts = {view: np.asarray(rows) for view, rows in starts.items()}
+        self.rows = {view: array(f"rows_{view}", np.uint32, size) for view in views[1:]}
+        self.labels = array("labels", np.uint8, size, labels)
         choices = [view for view in views if f"choices_{view}.npy" in meta["files"]]
-        self.choices = {view: array(f"choices_{view}") for view in choices}
+        self.choices = {v: open_array(folder / f"choices_{v}.npy", _WRITTEN) for v in choices}
         self._graphs: dict[tuple[str, str], Any] = {}
         self._places: dict[str, np.ndarray] = {}
-        self.id_hash, self.id_row = array("id_hash"), array("id_row")
-        self.texts = {name: Texts(folder, name) for name in TEXTS}
-        self.alive = None if meta["alive"] is None else np.asarray(array(meta["alive"]))
+        self.id_hash, self.id_row = (
+            array("id_hash", np.uint64, size),
+            array("id_row", np.uint32, size),
+        )
+        self.texts = {name: Texts(folder, name, size) for name in TEXTS}
+        self.alive = None
+        if meta["alive"] is not None:
+            self.alive = np.asarray(array(meta["alive"], np.uint8, size))
+        # Kernels go where these lead, without a look at the ends.
+        for view, rows in self.starts.items():
+            if rows[0] != 0 or rows[-1] != size or (np.diff(rows) < 0).any():
+                fail(folder / f"starts_{view}.npy", "buckets that do not follow", _WRITTEN)
+        for view, rows in self.rows.items():
+            if (rows >= size).any():
+                fail(folder / f"rows_{view}.npy", "an item that there is not", _WRITTEN)
 
     def items_of(self, view: str, rows: np.ndarray) -> np.ndarray:
         """Item numbers of a view's rows; -1 stays."""
@@ -136,7 +163,7 @@ class Segment:
         start = int(np.searchsorted(self.id_hash, wanted))
         while start < self.size and self.id_hash[start] == wanted:
             item = int(self.id_row[start])
-            if self.texts["ids"][item] == identity:
+            if item < self.size and self.texts["ids"][item] == identity:
                 return item if self.alive is None or self.alive[item] else None
             start += 1
         return None
@@ -204,12 +231,14 @@ class Store:
         self.views: list[str] = self.meta["views"]
         self.bits: int = self.meta["bits"]
         self.class_names: list[str] = self.meta["class_names"]
-        self.segments = [self._open(name, part) for name, part in self.meta["segments"].items()]
         self.centres: np.ndarray | None = None
         if self.meta.get("centres"):
             _check_size(folder / CENTRES, self.meta["centres"])
             verify(folder / CENTRES, self.meta["centres"])
-            self.centres = np.load(folder / CENTRES)
+            self.centres = np.array(open_array(folder / CENTRES, _WRITTEN))
+            if self.centres.dtype != np.float32 or self.centres.ndim != 3:
+                fail(folder / CENTRES, f"shape {self.centres.shape}", "[M, J, bits] of float32")
+        self.segments = [self._open(name, part) for name, part in self.meta["segments"].items()]
 
     def _open(self, name: str, part: dict[str, Any]) -> Segment:
         folder = self.folder / name
@@ -218,7 +247,16 @@ class Store:
             # What a search goes by. A graph is verified when it is used.
             if file.startswith(("codes_", "starts_", "rows_", "choices_", "alive")):
                 verify(folder / file, expected)
-        return Segment(folder, part, self.views)
+        found = Segment(folder, part, self.meta)
+        for view, choices in found.choices.items():
+            self._check_choices(folder / f"choices_{view}.npy", choices, found.size)
+        return found
+
+    def _check_choices(self, path: Path, choices: np.ndarray, size: int) -> None:
+        count, each = (0, 0) if self.centres is None else self.centres.shape[:2]
+        fits = choices.shape == (size, count) and choices.dtype in (np.uint8, np.uint16)
+        if not fits or (choices >= each).any():
+            fail(path, "numbers of centres that there are not", _WRITTEN)
 
     def verify(self) -> None:
         """Read every file whole. Raises VhablError naming one that is not as it was written."""
@@ -498,13 +536,26 @@ def _write_folder(
 
 
 def _check(meta: dict[str, Any]) -> None:
-    for part in meta["segments"].values():
+    if not meta["segments"]:
+        raise ValueError("no segment")
+    for name, part in meta["segments"].items():
         if not {"items", "alive", "files"} <= part.keys():
             raise ValueError("a segment without items, alive and files")
+        if type(part["items"]) is not int or not isinstance(part["alive"], str | None):
+            raise ValueError("items or alive of another type")
+        if any(Path(file).name != file for file in (name, *part["files"])):
+            raise ValueError("a file that is elsewhere")
+        for said in (*part["files"].values(), meta.get("centres") or [0, 0]):
+            if not isinstance(said, list) or [type(number) for number in said] != [int, int]:
+                raise ValueError("a file without size and checksum")
     for view, modes in meta.get("recall", {}).items():
         for mode, found in modes.items():
-            if not isinstance(found["setting"], int | float):
+            if not all(
+                type(found[n]) in (int, float) for n in ("setting", "recall", "at", "queries")
+            ):
                 raise ValueError(f"a setting of {mode} on {view} that is no number")
+            if not 0 <= found["setting"] <= 2**20:
+                raise ValueError(f"a setting of {mode} on {view} out of range")
 
 
 def _check_size(path: Path, expected: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ is none of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -16,12 +16,13 @@ import numpy as np
 from vhabl.errors import fail
 
 _TOKEN = re.compile(r"\s*(?:('(?:[^']|'')*')|(\"(?:[^\"]|\"\")*\")|(!=|=|\(|\)|,)|(\w+)|(\S))")
+DEEPEST = 50  # brackets and negations in each other
 _FORM = "label = 'NAME', != or in ('NAME', ...), joined by and, or, not and brackets"
 
 
 @dataclass(frozen=True)
 class Filter:
-    """One node: `has` with a class number, or `not`, `and`, `or` over parts."""
+    """One node: `has` with a class number, `not` over one part, `and` or `or` over several."""
 
     kind: str
     parts: tuple[Filter, ...] = ()
@@ -31,11 +32,13 @@ class Filter:
         """Which items pass, [N] uint8, of labels packed as little-endian bits [N, ceil(C / 8)]."""
         if self.kind == "has":
             return (labels[:, self.label >> 3] >> np.uint8(self.label & 7)) & np.uint8(1)
-        found = [part.mask(labels) for part in self.parts]
         if self.kind == "not":
-            return found[0] ^ np.uint8(1)
-        first, second = found
-        return first & second if self.kind == "and" else first | second
+            return self.parts[0].mask(labels) ^ np.uint8(1)
+        join = np.bitwise_and if self.kind == "and" else np.bitwise_or
+        found = self.parts[0].mask(labels)
+        for part in self.parts[1:]:
+            found = join(found, part.mask(labels))
+        return found
 
 
 def parse(text: str, class_names: Sequence[str]) -> Filter:
@@ -44,9 +47,13 @@ def parse(text: str, class_names: Sequence[str]) -> Filter:
     return _Parser(text, tokens, list(class_names)).whole()
 
 
+def _joined(kind: str, parts: Sequence[Filter]) -> Filter:
+    return parts[0] if len(parts) == 1 else Filter(kind, tuple(parts))
+
+
 class _Parser:
     def __init__(self, text: str, tokens: list[re.Match[str]], names: list[str]) -> None:
-        self.text, self.names, self.at = text, names, 0
+        self.text, self.names, self.at, self.depth = text, names, 0, 0
         self.tokens = [token.group().strip() for token in tokens]
 
     def whole(self) -> Filter:
@@ -56,22 +63,22 @@ class _Parser:
         return found
 
     def _either(self) -> Filter:
-        found = self._both()
+        parts = [self._both()]
         while self._takes("or"):
-            found = Filter("or", (found, self._both()))
-        return found
+            parts.append(self._both())
+        return _joined("or", parts)
 
     def _both(self) -> Filter:
-        found = self._one()
+        parts = [self._one()]
         while self._takes("and"):
-            found = Filter("and", (found, self._one()))
-        return found
+            parts.append(self._one())
+        return _joined("and", parts)
 
     def _one(self) -> Filter:
         if self._takes("not"):
-            return Filter("not", (self._one(),))
+            return Filter("not", (self._within(self._one),))
         if self._takes("("):
-            found = self._either()
+            found = self._within(self._either)
             self._needs(")")
             return found
         self._needs("label")
@@ -81,10 +88,18 @@ class _Parser:
             return Filter("not", (self._has(),))
         self._needs("in")
         self._needs("(")
-        found = self._has()
+        parts = [self._has()]
         while self._takes(","):
-            found = Filter("or", (found, self._has()))
+            parts.append(self._has())
         self._needs(")")
+        return _joined("or", parts)
+
+    def _within(self, part: Callable[[], Filter]) -> Filter:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            fail("filter", f"more than {DEEPEST} brackets in each other", _FORM)
+        found = part()
+        self.depth -= 1
         return found
 
     def _has(self) -> Filter:
