@@ -913,12 +913,12 @@ def test_pictures_of_too_many_pixels_are_refused(
 ) -> None:
     """But for a JPEG of which fewer are needed and decoded."""
     monkeypatch.setattr("vhabl.data.images.PIXELS", 1000)
-    for name, pixels, side, read in (
+    for name, pixels, side, right in (
         ("a.png", 30, 0, True), ("b.png", 40, 8, False), ("c.jpg", 40, 0, False),
         ("d.jpg", 40, 8, True), ("e.jpg", 50, 8, False),
     ):  # fmt: skip
         Image.new("RGB", (pixels, pixels)).save(name)
-        with nullcontext() if read else pytest.raises(VhablError, match=f"{pixels} x {pixels} "):
+        with nullcontext() if right else pytest.raises(VhablError, match=f"{pixels} x {pixels} "):
             open_image(Path(name), side=side)
 
 
