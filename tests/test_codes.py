@@ -18,6 +18,7 @@ from mat73 import write_mat73
 
 from vhabl import codes
 from vhabl.errors import VhablError
+from vhabl.files import Unwritable
 from vhabl.types import Codes
 
 BITS = 13  # not a multiple of 8: the last byte of a packed code is padded
@@ -412,9 +413,9 @@ def test_a_failing_write_leaves_nothing_half_written(
     }
     with monkeypatch.context() as patch:
         patch.setattr(module, function, fill_the_disk)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(Unwritable, match="No space"):
             codes.save(tmp_path, "Ours", "wiki", other)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(Unwritable, match="No space"):
             codes.save(tmp_path / "new", "Ours", "wiki", other)
     assert {p for p in tmp_path.iterdir() if p.is_file()} == set(first), "no temporary file stays"
     failed = first[0 if function == "savemat" else 1]

@@ -27,6 +27,7 @@ from vhabl.files import most_content
 
 BLOCK = 2**24  # bytes of an array that are handed over at once
 PIPE = 2**20  # bytes between the processes, where the system lets us choose
+PACKING = 1032  # deflate makes no more of a byte; nearly so much where a matrix is mostly zeros
 SECONDS = 8  # of computing, and one more for each MB of the file
 
 
@@ -60,7 +61,7 @@ def read_apart(
         process = os.fork()
     if process == 0:
         os.close(ours)
-        _hand_over(theirs, read, most_content(path), seconds)
+        _hand_over(theirs, read, most_content(path, PACKING), seconds)
     os.close(theirs)
     try:
         with open(ours, "rb") as pipe:  # noqa: PTH123 - a number of a file

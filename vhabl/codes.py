@@ -137,6 +137,14 @@ def load(path: Path) -> dict[str, Codes]:
     return result
 
 
+def texts(array: np.ndarray) -> list[str]:
+    """The strings of an array of text. Raises ValueError or SystemError where it holds none."""
+    if array.dtype.kind != "U" or array.ndim > 1:
+        raise ValueError(f"shape {array.shape} of {array.dtype}")
+    found: list[str] = np.atleast_1d(array).tolist()
+    return found
+
+
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz of packed codes, codes unpacked to +-1. Raises VhablError."""
     expected = "an .npz of packed codes"
@@ -144,6 +152,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         check_archive(path)  # np.load would also take a single array
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file.items())
+        for array in arrays.values():
+            if isinstance(array, np.ndarray) and array.dtype.kind == "U":
+                texts(array)
     except FileNotFoundError:
         fail(path, "no such file", expected)
     except Exception as error:  # damaged bytes raise many types

@@ -228,7 +228,10 @@ def read_codes(
     if digest != model.run.digest:
         expected = f"{model.run.digest}, the weights of {model.run.folder}"
         fail(f"{path}: key run", digest, expected)
-    found = np.atleast_1d(arrays.pop("ids", np.zeros(0, str))).tolist()
+    try:
+        found = code_files.texts(arrays.pop("ids", np.zeros(0, str)))
+    except ValueError as error:
+        fail(f"{path}: key ids", str(error), "the ids of the items")
     wanted = np.array(ids, str).tolist()
     if found != wanted:
         other = next((f for f, w in zip(found, wanted, strict=False) if f != w), "")

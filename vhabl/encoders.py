@@ -292,7 +292,7 @@ class ClipEncoder(PixelEncoder):
     def __init__(self, config: EncoderConfig, tokens: bool, pretrained: bool = True) -> None:
         super().__init__(config, openclip.picture_size(config.model), openclip.normalisation())
         self.gives_tokens = tokens
-        self.clip = openclip.build_towers(config.model, config.weights if pretrained else "")
+        self.clip = openclip.build_towers(config.model, config.weights if pretrained else None)
         longest = len(self.clip.positional_embedding)
         if not 3 <= config.words <= longest:
             fail("key encoder.words", str(config.words), f"3 to {longest} tokens")

@@ -23,6 +23,8 @@ from vhabl.files import check_archive, locate
 WEIGHTS_FOLDER = "cache"  # where open_clip's downloads go
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 VOCABULARY = 49408  # CLIP's tokens
+LARGEST = 2**28  # parameters: a GiB of them
+DEEPEST = 256  # layers
 _OF_A_RUN = "encoder.clip."  # how the weights of a run name the towers
 
 
@@ -70,16 +72,24 @@ def mend_torchvision() -> None:
 # -- towers ----------------------------------------------------------------------------------------
 
 
-def build_towers(model: str, weights: str) -> Any:
-    """An `open_clip.CLIP` with these weights, or random ones where `weights` is empty.
+def build_towers(model: str, weights: str | None) -> Any:
+    """An `open_clip.CLIP` with these weights, or random ones where `weights` is empty or None.
 
-    model: a name of open_clip's or a JSON file with embed_dim, vision_cfg and text_cfg. Raises
-    VhablError for an architecture that is not known or not served, and for weights that are
-    missing, damaged or of another architecture.
+    model: a name of open_clip's or a JSON file with embed_dim, vision_cfg and text_cfg, of which at
+    most LARGEST parameters are made without a file of weights; weights: None where the caller has
+    them. Raises VhablError for an architecture that is not known or not served, and for weights
+    that are missing, damaged or of another architecture.
     """
     open_clip = module()
     config = _architecture(open_clip, model)
+    described = model.endswith(".json") or model[:1] == "{"
     try:
+        if described and weights is not None:
+            with torch.device("meta"):  # shapes alone
+                count = sum(p.numel() for p in open_clip.CLIP(**config).parameters())
+            path = locate(weights)
+            if count > max(LARGEST, path.stat().st_size if path.is_file() else 0):
+                raise ValueError(f"{count:,} parameters")
         towers = open_clip.CLIP(**config)
     except Exception as error:  # a description that makes no sense raises many types
         fail(
@@ -161,6 +171,12 @@ def _architecture(open_clip: ModuleType, model: str) -> dict[str, Any]:
     ):
         fail(f"key encoder.model: {name_of(model)}", "other pictures or words",
              f"image_size of one side in pixels, vocab_size of at least {VOCABULARY}")  # fmt: skip
+    for part in (vision, text):
+        depths = part.get("layers")
+        for depth in depths if isinstance(depths, list) else [depths]:
+            if isinstance(depth, int | float) and depth > DEEPEST:
+                fail(f"key encoder.model: {name_of(model)}", f"{depth} layers",
+                     f"at most {DEEPEST}")  # fmt: skip
     known = (*parts, "quick_gelu")
     return {name: config[name] for name in known if name in config}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vhabl.codes import texts
 from vhabl.errors import fail, plural
 from vhabl.files import atomic_path, check_archive
 from vhabl.types import Rows
@@ -51,7 +52,7 @@ class Shard:
                 if str(file["signature"]) != self.signature:
                     return None
                 codes = {view: file[view] for view in file.files if view not in OWN_KEYS}
-                return Part(int(file["first"]), file["ids"].tolist(), codes, int(file["cut"]))
+                return Part(int(file["first"]), texts(file["ids"]), codes, int(file["cut"]))
         except Exception:  # damaged bytes raise many types
             return None
 
