@@ -19,7 +19,8 @@ FOUND = ("features:14", "features:100", "features_73:33", "code_files:74", "reci
          "clip_weights:39", "clip_weights:83", "towers:5030", "towers:5136", "towers:5217",
          "towers:5331", "towers:5455")  # fmt: skip
 FOUND_IN_RUNS = ("history:4", "weights:15", "weights:112", "encoded:2", "encoded:12", "indexes:2",
-                 "indexes:16", "encoded:5028", "encoded:5335", "indexes:92", "indexes:99", "indexes:108")  # fmt: skip
+                 "indexes:16", "indexes:92", "indexes:99", "indexes:108", "encoded:5028",
+                 "encoded:5335")  # fmt: skip
 
 
 def fuzz(first: int, count: int, *readers: str) -> int:

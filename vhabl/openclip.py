@@ -24,7 +24,7 @@ WEIGHTS_FOLDER = "cache"  # where open_clip's downloads go
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 VOCABULARY = 49408  # CLIP's tokens
 LARGEST = 2**28  # parameters: a GiB of them
-DEEPEST = 256  # layers
+DEEPEST, LONGEST = 256, 4096  # layers; pixels of a side, tokens of a text
 _OF_A_RUN = "encoder.clip."  # how the weights of a run name the towers
 
 
@@ -162,15 +162,13 @@ def _architecture(open_clip: ModuleType, model: str) -> dict[str, Any]:
     foreign = {"timm_model_name", "hf_model_name", "attentional_pool"}
     if config.get("custom_text") or foreign & {*vision, *text} or text.get("embed_cls"):
         _not_served(model)
-    side, words = vision.get("image_size"), text.get("vocab_size", VOCABULARY)
-    if (
-        type(side) is not int
-        or not 1 <= side <= 4096
-        or type(words) is not int
-        or words < VOCABULARY
-    ):
+    side: Any = vision.get("image_size")
+    length, words = text.get("context_length", 77), text.get("vocab_size", VOCABULARY)
+    integers = all(type(number) is int for number in (side, length, words))
+    if not integers or not (max(side, length) <= LONGEST and side > 0 and words >= VOCABULARY):
         fail(f"key encoder.model: {name_of(model)}", "other pictures or words",
-             f"image_size of one side in pixels, vocab_size of at least {VOCABULARY}")  # fmt: skip
+             f"image_size of one side in pixels and context_length, at most {LONGEST}, "
+             f"vocab_size of at least {VOCABULARY}")  # fmt: skip
     for part in (vision, text):
         depths = part.get("layers")
         for depth in depths if isinstance(depths, list) else [depths]:
