@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-import soak
+import soak  # noqa: E402
 
 
 @pytest.mark.e2e
@@ -43,7 +43,7 @@ def samples(mib: Callable[[float], float], files: Callable[[float], int]) -> lis
         (lambda at: 700 + min(at, 120), lambda at: 30, ""),  # the warm-up is nothing to speak of
         (lambda at: 700 + at % 20, lambda at: 30 + at % 6, ""),
         (lambda at: 700 + 0.1 * at, lambda at: 30, r"memory grew by 4\d\.\d MiB; at most 32"),
-        (lambda at: 700, lambda at: 30 + at // 40, r"open files grew from 3\d to 44; at most 8 more"),
+        (lambda at: 700, lambda at: 30 + at // 40, "open files grew from 34 to 44; at most 8 more"),
     ],
 )
 def test_what_grows_is_said(
