@@ -1073,9 +1073,9 @@ def test_features_are_written_whole_or_not_at_all(
     state = tree(tmp_path / "made_cnn") if before else None
     if harm == "image":
         put(tmp_path / "download" / "im7.jpg", "no image")
-        error, text = VhablError, r"im7\.jpg: found an image that cannot be read"
+        text = r"im7\.jpg: found an image that cannot be read"
     else:
-        error, text = OSError, "No space"
+        text = r"made_cnn.*: found No space left on device"
 
         def fail(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
@@ -1084,7 +1084,7 @@ def test_features_are_written_whole_or_not_at_all(
             monkeypatch.setattr(h5py.Dataset, "__setitem__", fail)
         else:
             monkeypatch.setattr(maker_features, "write_text", fail)
-    with pytest.raises(error, match=text):
+    with pytest.raises(VhablError, match=text):
         make_flickr.main([*CNN, "--force", "--min-count", "19"])
     assert len(read_back(tmp_path / "made").ids) == 20  # the pairs are whole
     names = ["download", "made", "made_cnn"] if before else ["download", "made"]

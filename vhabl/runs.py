@@ -221,30 +221,23 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     path = folder / HISTORY_FILE
     try:
         rows = list(json.loads(path.read_text(encoding="utf-8")))
-        terms = {phase: _terms(rows, phase) for phase in ("select", "final")}
+        terms: dict[str, set[str]] = {}
         for row in rows:
-            if type(row["epoch"]) is not int or row.keys() - {"validation"} != terms[row["phase"]]:
-                raise ValueError("no epoch, or other terms than before")
-            for name in row.keys() - {"phase"}:
-                float(row[name])
+            if row["phase"] not in ("select", "final") or type(row["epoch"]) is not int:
+                raise ValueError("no phase or epoch")
+            numbers = {name: value for name, value in row.items() if name != "phase"}
+            if not all(isinstance(value, int | float) for value in numbers.values()):
+                raise ValueError("a loss that is no number")
+            for value in numbers.values():
+                float(value)  # an integer may be too large
+            own = row.keys() - {"validation"}
+            if "loss" not in own or own != terms.setdefault(row["phase"], own):
+                raise ValueError("other losses than before, or none")
         if not rows:
             raise ValueError("no epoch")
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        fail(path, f"content that is not a list of epochs ({brief(error)})", "what training writes")
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as e:
+        fail(path, f"content that is not a list of epochs ({brief(e)})", "what training writes")
     return rows
-
-
-def _terms(rows: list[dict[str, Any]], phase: str) -> set[str]:
-    """What the first row of a phase holds, with its loss, but for a validation."""
-    first = next((row for row in rows if row["phase"] == phase), {})
-    return {*first.keys(), "loss"} - {"validation"}
 
 
 def read_records(path: Path) -> list[Record]:
