@@ -224,7 +224,7 @@ from vhabl.data import images
 
 real = trainer.Trainer._train_phase
 
-def broken(path):
+def broken(path, **_):
     raise errors.VhablError(f"{path}: found no picture; expected one")
 
 def train_phase(self):
