@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -184,7 +186,13 @@ def test_resume_refuses_a_damaged_state(feature_file: Path) -> None:
     whole = state.read_bytes()
     bit = bytearray(whole)
     bit[whole.index(next(iter(torch.load(state)["method"].values())).numpy().tobytes())] ^= 1
-    for content, why in ((whole[:1000], ".*"), (bytes(bit), "another checksum of .*/data/")):
+    bomb = io.BytesIO()
+    with ZipFile(bomb, "w", ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(2**28 + 1))
+    for content, why in (
+        (whole[:1000], ".*"), (bytes(bit), "another checksum of .*/data/"),
+        (bomb.getvalue(), "an archive of 268,435,457 bytes"),
+    ):  # fmt: skip
         state.write_bytes(content)
         with pytest.raises(VhablError, match=rf"state\.pt: found a damaged state \({why}"):
             Trainer(override(config, ["resume=true"]), data, False).run()
