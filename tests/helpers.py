@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from vhabl.config import CONFIG_DIR, Config, load
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -156,3 +160,19 @@ def small_config(path: Path, method: str = "vh_abl", *overrides: str) -> Config:
         "validation.fraction=0.1", "device=cpu", "codes=none",
     ]  # fmt: skip
     return load(CONFIG_DIR / f"{method}.yaml", [*common, *SMALL[method], *overrides])
+
+
+def torchrun(*program: object) -> subprocess.Popen[str]:
+    """Two processes of a program, begun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [*launcher, *map(str, program)], text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """The exit code of a program, and what it wrote on stdout and stderr."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,11 @@ import torch
 from helpers import (
     CNN,
     SMALL,
+    ended,
     pair_config,
     pair_overrides,
     small_config,
+    torchrun,
     write_feature_file,
     write_pair_folder,
 )
@@ -36,20 +37,6 @@ from vhabl.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 STILL = ["model.net.dropout=0", "model.net.context_dropout=0", "model.net.modality_dropout=0"]
-
-
-def torchrun(*program: object) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [*launcher, *map(str, program)], text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 128])

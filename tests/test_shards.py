@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import pair_config, small_config, write_feature_file, write_pair_folder
+from helpers import (
+    ended,
+    pair_config,
+    small_config,
+    torchrun,
+    write_feature_file,
+    write_pair_folder,
+)
 
 from vhabl import encode, ranks, runs, shards, train
 from vhabl.config import override
@@ -373,23 +378,15 @@ def test_a_killed_rank_ends_the_command_and_the_next_run_goes_on(tmp_path: Path)
     Path("dying.py").write_text(DYING)
     asked = ["--checkpoint", "run", "--data", "d.yaml", "--quiet", "--device", "cpu", "--out"]
 
-    def torchrun(*program: str) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [*launcher, *program], env=environment, capture_output=True, text=True, check=False,
-            timeout=300,
-        )  # fmt: skip
-
     assert run(1, *asked, "one.npz") == [0]
-    died = torchrun("dying.py", *asked, "two.npz")
-    assert died.returncode != 0 and f"Signal {signal.SIGKILL.value}" in died.stderr
-    assert died.stdout == "" and not Path("two.npz").exists()
+    code, out, err = ended(torchrun("dying.py", *asked, "two.npz"))
+    assert code != 0 and f"Signal {signal.SIGKILL.value}" in err
+    assert out == "" and not Path("two.npz").exists()
     assert [p.name for p in Path("two.npz.shards").iterdir()] == ["1-of-2.npz"]
-    again = torchrun("-m", "vhabl.encode", *asked, "two.npz")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == "two.npz: codes of 16 bits: fused 5,000\n"
-    assert "note: kept shard 1 of 2\n" in again.stderr and "shard 2" not in again.stderr
+    code, out, err = ended(torchrun("-m", "vhabl.encode", *asked, "two.npz"))
+    assert code == 0, err
+    assert out == "two.npz: codes of 16 bits: fused 5,000\n"
+    assert "note: kept shard 1 of 2\n" in err and "shard 2" not in err
     assert content("one.npz") == content("two.npz") and not Path("two.npz.shards").exists()
-    wrong = torchrun("-m", "vhabl.encode", *asked, "two.txt")
-    assert wrong.returncode != 0 and wrong.stderr.count("error: argument --out two.txt: found") == 1
+    code, _, err = ended(torchrun("-m", "vhabl.encode", *asked, "two.txt"))
+    assert code != 0 and err.count("error: argument --out two.txt: found") == 1

@@ -78,7 +78,7 @@ class Ranks:
         """This rank's share of the rows of a batch, an array or a tensor: a piece of them, as long
         as those of the others or one longer or shorter.
         """
-        begin, end = self._piece(len(rows), self.rank)
+        begin, end = (len(rows) * number // self.size for number in (self.rank, self.rank + 1))
         return rows[begin:end]
 
     def counts(self, rows: int) -> list[int]:
@@ -127,9 +127,6 @@ class Ranks:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed + self.rank)
             yield
-
-    def _piece(self, count: int, rank: int) -> tuple[int, int]:
-        return count * rank // self.size, count * (rank + 1) // self.size
 
     def _at_once(self, send: Callable[..., Any], tensors: list[Tensor]) -> None:
         with self._all_alive():
