@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vhabl import losses
 from vhabl.config import CONFIG_DIR, Config, build_method
 from vhabl.config import load as load_config
-from vhabl.data.images import ImageFiles, open_image, to_pixels
+from vhabl.data.images import ImageFiles, read_pixels
 from vhabl.evaluator import batches_in_order, code_tasks
 from vhabl.methods.base import HashingMethod
 from vhabl.metrics import HEADLINE, evaluate
@@ -418,7 +418,7 @@ def decoding() -> Iterator[Record]:
             content = file.read_bytes()
 
             def run(content: bytes = content) -> None:
-                to_pixels(open_image(io.BytesIO(content), side=224), 224, False)
+                read_pixels(io.BytesIO(content), 224, False)
 
             yield {
                 "case": f"JPEG of {name}'s size {size} to pixels, {len(content) >> 10} KiB",

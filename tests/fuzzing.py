@@ -53,7 +53,7 @@ from vhabl.cache import _open as open_cache
 from vhabl.config import CONFIG_DIR, load
 from vhabl.data import __main__ as data_command
 from vhabl.data import load as load_data
-from vhabl.data.images import open_image, to_pixels
+from vhabl.data.images import open_image, read_pixels, to_pixels
 from vhabl.data.table import read_items
 from vhabl.report import __main__ as report
 from vhabl.report.figures import training_curves
@@ -272,7 +272,8 @@ def make_images(folder: Path) -> None:
 
 @reader(make_images)
 def images(path: Path) -> None:
-    to_pixels(open_image(path), 16, False)
+    open_image(path)
+    read_pixels(path, 16, False)
     to_pixels(uploaded(path.read_bytes()), 16, False)
 
 

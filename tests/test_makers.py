@@ -25,7 +25,7 @@ from torch import nn
 
 from vhabl import cnn, openclip
 from vhabl.data.features import load_features
-from vhabl.data.images import open_image, to_pixels
+from vhabl.data.images import open_image, read_pixels
 from vhabl.data.pairs import Pairs, read_pairs
 from vhabl.encoders import ClipEncoder
 from vhabl.errors import VhablError
@@ -900,7 +900,7 @@ def assert_clip(out: Path, query: int, train: int) -> None:
         name="clip", model="towers.json", weights="towers.pt", tune="frozen", words=32
     )
     encoder, pairs = ClipEncoder(config, tokens=True).eval(), read_back(out)
-    pixels = np.stack([to_pixels(open_image(file), 32, False) for file in pairs.files])
+    pixels = np.stack([read_pixels(file, 32, False) for file in pairs.files])
     tokens, _ = openclip.tokenise(pairs.captions, 32)
     with torch.no_grad():
         found = encoder(Inputs(torch.from_numpy(pixels), torch.from_numpy(tokens)))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -34,7 +35,7 @@ from vhabl import cnn, openclip, runs, train
 from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method
 from vhabl.data import load as load_data
-from vhabl.data.images import ImageFiles, open_image, read, to_pixels
+from vhabl.data.images import ImageFiles, open_image, read, read_pixels, to_pixels
 from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
@@ -395,20 +396,33 @@ def test_the_centre_is_that_of_the_whole_resized_picture(size: tuple[int, int]) 
     assert np.abs(to_pixels(picture, 32, squeeze=False) - centre).max() <= 1
 
 
-def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path: Path) -> None:
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    large = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
+    # One column and one row more than a multiple of 8: at an eighth 7 parts of them are padding.
+    large = Image.fromarray(noise).resize((641, 481), Image.Resampling.BICUBIC)
     for name in ("x.jpg", "x.png"):
         large.save(tmp_path / name)
-    assert open_image(tmp_path / "x.jpg").size == open_image(tmp_path / "x.png", side=32).size
-    sizes = {side: open_image(tmp_path / "x.jpg", side=side).size for side in (224, 100, 32, 8)}
-    assert sizes == {224: (640, 480), 100: (320, 240), 32: (160, 120), 8: (80, 60)}
-    whole = to_pixels(open_image(tmp_path / "x.jpg"), 32, False).astype(int)
-    part = ImageFiles([tmp_path / "x.jpg"], 32, squeeze=False, workers=0)[:][0]
-    assert 0 < np.abs(whole - part).max() <= 4  # seen at a part, and hardly another
+    decoded = []
+
+    def seen(image: Image.Image, *arguments: Any) -> np.ndarray:
+        decoded.append(image.size)
+        return to_pixels(image, *arguments)
+
+    monkeypatch.setattr("vhabl.data.images.to_pixels", seen)
+    for squeeze in (False, True):
+        for side in (224, 80, 53, 40, 20):
+            whole = to_pixels(open_image(tmp_path / "x.jpg"), side, squeeze).astype(int)
+            changes = np.abs(whole - read_pixels(tmp_path / "x.jpg", side, squeeze))
+            assert changes.max() <= 5 and changes.mean() < 0.5, (side, squeeze)
+            assert side != 224 or not changes.any()
+    assert decoded == [(641, 481), (321, 241), (321, 241), (161, 121), (81, 61)] * 2
+    read_pixels(tmp_path / "x.png", 8, squeeze=False)
+    assert decoded[-1] == (641, 481) == open_image(tmp_path / "x.jpg").size
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:4000])
     with pytest.raises(VhablError, match=r"x.jpg: found an image that cannot be read"):
-        open_image(tmp_path / "x.jpg", side=32)
+        read_pixels(tmp_path / "x.jpg", 32, squeeze=False)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16"])

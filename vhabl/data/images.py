@@ -19,29 +19,47 @@ IN_MEMORY = 2**28  # bytes of pixels up to which a set's images are read once an
 # Pixels that are decoded at most: a decoder may hold four copies of 4 bytes each. A JPEG may have
 # twice as many where fewer of them are needed.
 PIXELS = 62_000_000
+REDUCED = 3  # times the pixels needed along a side that a JPEG decoded at a part of its size has
 LONGEST = 256  # sides of a picture, long to short
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 
 
-def open_image(path: Path | BinaryIO | Image.Image, name: str = "", side: int = 0) -> Image.Image:
-    """A whole image as RGB. name: what a message calls it, by default its path. side: what its
-    sides will be made; a JPEG much larger than that is decoded at a half, a quarter or an eighth of
-    its size, at least twice as large. Raises VhablError where it is missing, damaged, absurdly
-    large or absurdly long.
+def open_image(path: Path | BinaryIO | Image.Image, name: str = "") -> Image.Image:
+    """A whole image as RGB. name: what a message calls it, by default its path. Raises VhablError
+    where it is missing, damaged, absurdly large or absurdly long.
+    """
+    return _decoded(path, name)[0]
+
+
+def read_pixels(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) -> np.ndarray:
+    """`to_pixels` of an image, [3, side, side] uint8. A JPEG much larger than needed is decoded at
+    a half, a quarter or an eighth of its size, at least three times as large as `side`: on the
+    average a pixel changes by less than half a level of 255. Raises VhablError as `open_image`.
+    """
+    image, extent = _decoded(path, "", REDUCED * side)
+    return to_pixels(image, side, squeeze, extent)
+
+
+def _decoded(
+    path: Path | BinaryIO | Image.Image, name: str, least: int = 0
+) -> tuple[Image.Image, tuple[float, float]]:
+    """An image as RGB, with the width and height that the picture takes of it, in pixels: where it
+    is decoded at a part of its size, of its last column and row a part may lie beyond the picture.
+    least: the sides that a JPEG keeps at least; 0 decodes it whole.
     """
     if isinstance(path, Image.Image):
-        return path.convert("RGB")
+        return path.convert("RGB"), path.size
     try:
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > LONGEST * min(image.size):  # its short side would be enlarged
                 raise ValueError(f"{image.width} x {image.height} pixels")
             width, height = image.size
-            if side:
-                image.draft(None, (2 * side, 2 * side))
+            reduced = image.draft(None, (least, least)) if least else None
+            size = reduced[1][2:] if reduced else image.size
             if width * height > 2 * PIXELS or image.width * image.height > PIXELS:
                 raise ValueError(f"{width} x {height} pixels")
             deep = image.mode in ("I", "F") or image.mode.startswith("I;")
-            return (_to_grey(image) if deep else image).convert("RGB")
+            return (_to_grey(image) if deep else image).convert("RGB"), size
     except FileNotFoundError:
         fail(path, "no such file", "the image of an item")
     except Exception as error:  # damaged bytes raise many types
@@ -65,15 +83,17 @@ def _to_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def to_pixels(image: Image.Image, side: int, squeeze: bool) -> np.ndarray:
+def to_pixels(
+    image: Image.Image, side: int, squeeze: bool, extent: tuple[float, float] | None = None
+) -> np.ndarray:
     """The image with its short side resized to `side` and the centre cut out, or squeezed to a
-    square: [3, side, side] uint8.
+    square: [3, side, side] uint8. extent: the width and height that the picture takes of the image.
     """
     bicubic = Image.Resampling.BICUBIC
+    width, height = extent or image.size
     if squeeze:
-        image = image.resize((side, side), bicubic)
+        image = image.resize((side, side), bicubic, (0, 0, width, height))
     else:
-        width, height = image.size
         scale = side / min(width, height)
         size = (max(side, round(width * scale)), max(side, round(height * scale)))
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
@@ -106,8 +126,7 @@ class ImageFiles:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         def pixels(row: int) -> np.ndarray:
-            image = open_image(self.files[row], side=self.side)
-            return to_pixels(image, self.side, self.squeeze)
+            return read_pixels(self.files[row], self.side, self.squeeze)
 
         numbers = np.arange(len(self.files))[rows]
         with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
