@@ -36,13 +36,13 @@ from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method
 from vhabl.data import load as load_data
 from vhabl.data.images import ImageFiles, open_image, read, read_pixels, to_pixels
-from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling
+from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling, PixelEncoder
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
 from vhabl.report import page
 from vhabl.settings import EncoderConfig
 from vhabl.trainer import Trainer
-from vhabl.types import Dataset, DataSpec, Inputs, Rows, Split
+from vhabl.types import Batch, Dataset, DataSpec, Inputs, Rows, Split
 
 RESNET = {
     "embed_dim": 32,
@@ -781,6 +781,51 @@ def test_a_run_does_not_go_on_with_other_weights(tune: str, folder: Path) -> Non
     save_file({n: t + 1 for n, t in state.items()}, folder / "w.safetensors")
     with pytest.raises(VhablError, match=r"state.pt: found a training that began with other wei"):
         Trainer(replace(config, resume=True), data, False).run()
+
+
+@pytest.mark.parametrize("tune", ["frozen", "1", "all"])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("cmcl", {"attend"}), ("pghmh", {"reader"}), ("vh_abl", set()), ("hq", set())],
+)
+def test_the_arithmetic_of_a_gpu_changes_little(
+    name: str,
+    head: set[str],
+    tune: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_alexnet: None,
+) -> None:
+    """bfloat16 in the network and in what attends to parts; the rest of a head has float32."""
+    found, rounded = {}, set()
+
+    def watch(part: str, layer: torch.nn.Module) -> None:
+        def look(_: torch.nn.Module, given: object, out: torch.Tensor) -> None:
+            rounded.update([part.split(".")[0]] * (out.dtype == torch.bfloat16))
+
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(look)
+
+    for mixed in (False, True):
+        monkeypatch.setattr(PixelEncoder, "mixed", mixed)  # on the CPU, where it can be had too
+        config = pair_config(
+            folder, name, *(CNN if name == "hq" else []), f"encoder.tune={tune}", "epochs=1",
+            "validation.fraction=0", "encoder.cache=none", "out=run",
+        )  # fmt: skip
+        loop = Trainer(config, load_data(config.data, config.encoder), progress_bar=False)
+        loop._begin_phase()
+        for part, layer in loop.method.named_modules():
+            watch(part, layer)
+        found[mixed] = loop._train_epoch()
+        labels, rows = torch.from_numpy(loop.train.labels).float(), torch.arange(len(loop.train))
+        terms = loop.method.loss(Batch(loop.train.inputs(), labels, rows))
+        given = vars(loop.method.embeddings(loop.train.inputs()))
+        tensors = [*terms.values(), *(x for name, x in given.items() if "mask" not in name)]
+        assert {x.dtype for x in tensors if x is not None} == {torch.float32}
+    assert rounded == {"encoder"} | head
+    exact, near = (np.array(list(found[mixed].values())) for mixed in (False, True))
+    assert (exact != near).any()
+    np.testing.assert_allclose(near, exact, rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, cast
@@ -58,6 +58,12 @@ class Encoder(nn.Module):
     def frozen(self, inputs: Inputs) -> Inputs:
         """What the part that never changes gives; `forward` takes it in place of raw inputs."""
         return inputs
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """What a network computes in, and a head that does as much for each part of a picture or
+        text: bfloat16 on a GPU that has it. Default: float32.
+        """
+        return nullcontext()
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Trained parameters with rates of their own. Default: none."""
@@ -176,8 +182,9 @@ class PixelEncoder(Encoder):
         auto = self.config.precision == "auto" and self.mean.device.type == "cuda"
         return auto and torch.cuda.is_bf16_supported()
 
-    def _arithmetic(self) -> Any:
-        return torch.autocast("cuda", torch.bfloat16) if self.mixed else nullcontext()
+    def arithmetic(self) -> AbstractContextManager[object]:
+        device = self.mean.device.type
+        return torch.autocast(device, torch.bfloat16) if self.mixed else nullcontext()
 
     def _rounded(self, x: Tensor) -> Tensor:
         return x.to(getattr(torch, self.config.cache_precision))
@@ -249,7 +256,7 @@ class CnnEncoder(PixelEncoder):
         x = inputs.image
         if x is None or x.is_floating_point() or not self.fixed:
             return inputs
-        with torch.no_grad(), self._arithmetic():
+        with torch.no_grad(), self.arithmetic():
             x = self._normalised(x)
             for layer in self.fixed:
                 x = layer(x)
@@ -258,7 +265,7 @@ class CnnEncoder(PixelEncoder):
     def forward(self, inputs: Inputs) -> Embeddings:
         image = self.frozen(inputs).image
         if image is not None:
-            with self._arithmetic():
+            with self.arithmetic():
                 x = image.float() if image.is_floating_point() else self._normalised(image)
                 for layer in self.live:
                     x = layer(x)
@@ -358,7 +365,7 @@ class ClipEncoder(PixelEncoder):
         if self.config.tune == "all":
             return inputs
         image, text = inputs.image, inputs.text
-        with torch.no_grad(), self._arithmetic():
+        with torch.no_grad(), self.arithmetic():
             if image is not None and not image.is_floating_point():
                 x = self._image_start(image)
                 image = self._rounded(x if self.tuned else self._stacked(*self._image_end(x)))
@@ -374,7 +381,7 @@ class ClipEncoder(PixelEncoder):
 
     def forward(self, inputs: Inputs) -> Embeddings:
         inputs = self.frozen(inputs)
-        with self._arithmetic():
+        with self.arithmetic():
             image, patches = (None, None) if inputs.image is None else self._image(inputs.image)
             text, words = (None, None) if inputs.text is None else self._text(inputs.text)
         if not self.gives_tokens:

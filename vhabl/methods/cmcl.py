@@ -127,7 +127,8 @@ class CMCL(HashingMethod):
             whole[view] = self.shared(self.project[view](x) if view in self.project else x)
             if self.local:
                 present = found.word_mask if view == "text" else None
-                local[view] = self.attend[view](self.concepts, parts[view], present)
+                with self.encoder.arithmetic():
+                    local[view] = self.attend[view](self.concepts, parts[view], present)
         return whole, local
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:

@@ -200,8 +200,9 @@ class PGHMH(HashingMethod):
         rest = self.settings.context + 1
         present.append(present[0].expand(-1, rest))
         x, absent = torch.cat(parts, dim=1), ~torch.cat(present, dim=1)
-        for layer in self.reader:
-            x = layer(x, src_key_padding_mask=absent)
+        with self.encoder.arithmetic():
+            for layer in self.reader:
+                x = layer(x, src_key_padding_mask=absent)
         x = self.norm(x)
         text = text + self.text_projection(x[:, 0] * x[:, -1])
         guide = self.prompt_projection(x[:, -1])
