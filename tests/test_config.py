@@ -46,6 +46,21 @@ def test_the_command_line_wins_over_the_data_entry_and_that_over_the_recipe(tmp_
     assert (other.batch_size, other.seed, other.model.net.dim) == (70, 3, 256)
 
 
+def test_what_a_run_stored_is_a_recipe(tmp_path: Path) -> None:
+    """With its data, which an override changes in part or, by another name, as a whole."""
+    first = load(RECIPE, ["data=wiki", "data.path=x.mat", "epochs=3", "protocol=own"])
+    stored = tmp_path / "config.yaml"
+    stored.write_text(to_yaml(first))
+    assert load(stored, []) == first
+    changed = load(stored, ["data.path=y.mat", "epochs=4"])
+    assert (changed.data.path, changed.epochs, changed.data.name) == ("y.mat", 4, "wiki")
+    other = load(stored, ["data=emoji"])
+    assert other.data == load(RECIPE, ["data=emoji"]).data and other.model == first.model
+    stored.write_text("method: vh_abl\ndata: {name: mine, knd: mat}\n")
+    with pytest.raises(VhablError, match=r"config.yaml: key data\.knd: .*did you mean data\.kind"):
+        load(stored, [])
+
+
 def test_data_overrides_apply_to_the_chosen_data_set() -> None:
     config = load(RECIPE, ["data=wiki", "data.path=/elsewhere/x.mat"])
     assert config.data.name == "wiki" and config.data.path == "/elsewhere/x.mat"

@@ -266,13 +266,15 @@ Layer = tuple[object, dict[str, Any]]  # where the values come from, and the val
 
 
 def _layers(recipe: dict[str, Any], given: dict[str, Any], where: object) -> list[Layer]:
-    """Data file, recipe, the recipe's entry for the data set, command line: later wins."""
+    """Data file, recipe, the recipe's entry for the data set, command line: later wins. A recipe
+    that holds the keys of its data, as the `config.yaml` of a run does, needs no data file.
+    """
     recipe, given = dict(recipe), dict(given)
     for_data, own_data = (recipe.pop(part, None) or {} for part in ("for_data", "own_data"))
     stored = recipe.pop("data", None)
     chosen = given.pop("data", stored)
-    if chosen is None:
-        return [(where, _flatten(recipe)), (COMMAND_LINE, given)]
+    if chosen is None or isinstance(chosen, dict):
+        return [(where, _flatten({**recipe, "data": chosen or {}})), (COMMAND_LINE, given)]
     if not isinstance(own_data, dict):
         fail(f"{where}: key own_data", type(own_data).__name__, "data set names by name")
     if given.get("protocol", recipe.get("protocol")) == "own":
