@@ -65,6 +65,7 @@ from vhabl.settings import DataConfig
 from vhabl.shards import Part, Shard
 from vhabl.trainer import Progress, Trainer
 from vhabl.types import Codes
+from vhabl.weights import read_state
 
 SECONDS = 10  # of computing; other work on the machine may make them more
 MEMORY = 2**30
@@ -443,7 +444,7 @@ def make_cnn_weights(folder: Path) -> None:
 
 @reader(make_cnn_weights)
 def cnn_weights(path: Path) -> None:
-    cnn.check_state(TinyAlexNet(), cnn.read_state(path), str(path), "alexnet")
+    cnn.check_state(TinyAlexNet(), read_state(path), str(path), "alexnet")
 
 
 def make_cache(folder: Path) -> None:

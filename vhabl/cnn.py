@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
 
 from vhabl import openclip
 from vhabl.errors import brief, fail
-from vhabl.files import check_archive, locate
+from vhabl.files import locate
+from vhabl.weights import read_state
 
 NETWORKS = ("alexnet", "vgg16")
 SIDE = 224  # of the pictures that they were trained on
@@ -48,28 +48,6 @@ def build_network(name: str, weights: str, option: str) -> nn.Module:
     while not isinstance(network.classifier[-1], nn.ReLU):  # that of classes, a dropout
         del network.classifier[-1]
     return network
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. Raises VhablError where the file holds something else."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            if is_zipfile(path):
-                check_archive(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise many types
-        fail(
-            path,
-            f"a damaged or foreign file ({brief(error)})",
-            "a state dict (.pth) or .safetensors",
-        )
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        fail(path, "something else than tensors by name", "a state dict")
-    return state
 
 
 def download(entry: Any, option: str) -> dict[str, Tensor]:

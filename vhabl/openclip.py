@@ -6,8 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from vhabl.apart import read_apart
 from vhabl.errors import VhablError, brief, fail, note
-from vhabl.files import check_archive, locate
+from vhabl.files import locate
+from vhabl.weights import read_state
 
 WEIGHTS_FOLDER = "cache"  # where open_clip's downloads go
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
@@ -184,7 +183,7 @@ def load_weights(towers: nn.Module, model: str, weights: str) -> None:
     path = locate(weights)
     if not path.is_file():
         path = _download(model, weights)
-    state = _read_state(path)
+    state = _of_towers(read_state(path))
     expected = towers.state_dict()
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
@@ -207,24 +206,8 @@ def load_weights(towers: nn.Module, model: str, weights: str) -> None:
     towers.load_state_dict(state)
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by open_clip's names from any of the files that such weights come in."""
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(str(path))
-        else:
-            state = _unpickle(path)
-    except Exception as error:  # damaged bytes raise many types
-        fail(path, f"a damaged or foreign file ({brief(error)})",
-             "OpenAI's archive, a state dict of tensors, or safetensors")  # fmt: skip
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        fail(path, "something else than tensors by name", "a state dict")
-    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+def _of_towers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file of weights that are of towers, by open_clip's names."""
     if any(name.startswith(_OF_A_RUN) for name in state):
         state = {
             name.removeprefix(_OF_A_RUN): tensor
@@ -232,23 +215,6 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             if name.startswith(_OF_A_RUN)
         }
     return {name: tensor for name, tensor in state.items() if name not in _NOT_WEIGHTS}
-
-
-def _unpickle(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        check_archive(path)
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.endswith("/constants.pkl") for name in names):  # a script: OpenAI's archive
-            found = read_apart(path, lambda: _script(path), "a script of towers")
-            return {name: torch.from_numpy(array) for name, array in found.items()}
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _script(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a script, which torch reads with code that damaged bytes can crash."""
-    for name, tensor in torch.jit.load(str(path), map_location="cpu").state_dict().items():
-        yield name, tensor.numpy()
 
 
 def _download(model: str, weights: str) -> Path:
