@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from vhabl.files import beside, write_json
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("VHABL_KILLS", "4"))  # of each work
@@ -25,3 +28,19 @@ def test_killed_work_ends_as_any_other(work: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{work}: {KILLS} kills" in done.stdout
+
+
+def test_what_killed_processes_left_goes_when_it_is_a_day_old() -> None:
+    """Of what is written, and of no other; a younger one may be in the making."""
+    day = 24 * 3600
+    kept = {".a[1].json.10.tmp", ".a[1].json.tmp", ".a[1].json.b.6.tmp", ".a[1].json.7.tmp.x",
+            ".b.8.tmp", "a[1].json.9.tmp"}  # fmt: skip
+    for name in (".a[1].json.7.tmp", *kept):
+        Path(name).write_text("a part")
+        age = day - 60 if "10" in name else day + 60
+        os.utime(name, (time.time() - age,) * 2)
+    Path(".index.11.tmp/segment-0000").mkdir(parents=True)
+    os.utime(".index.11.tmp", (0, 0))
+    write_json(Path("a[1].json"), {})
+    assert beside(Path("index")) == Path(f".index.{os.getpid()}.tmp")
+    assert {path.name for path in Path().iterdir()} == {"a[1].json", *kept}

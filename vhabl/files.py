@@ -6,6 +6,9 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +22,7 @@ from vhabl.errors import VhablError, brief, describe_os_error, fail
 T = TypeVar("T")
 
 _BLOCK = 2**20  # bytes that show whether a disk is full
+_LEFT = 24 * 3600  # seconds without a change after which nobody makes a temporary file any more
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +42,18 @@ class Unwritable(VhablError):
         self.reason = reason
 
 
+def beside(target: Path) -> Path:
+    """Where this process makes the file or folder `target`. What killed processes left there of it
+    is removed when it is a day old: a younger one may be in the making, also on another machine.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.tmp")
+    with suppress(OSError):  # what cannot be removed is in nobody's way
+        for left in target.parent.iterdir():
+            if pattern.fullmatch(left.name) and time.time() - left.stat().st_mtime > _LEFT:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its place when the block ends without an error.
@@ -45,7 +61,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     After a kill at any moment `target` is the old file or the new one, never a part of one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = beside(target)
     try:
         with named(target, temporary):
             yield temporary

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vhabl.errors import VhablError, brief, fail
-from vhabl.files import write_json
+from vhabl.files import beside, write_json
 from vhabl.search.engine import (
     FORMAT,
     META,
@@ -208,7 +208,7 @@ def create(
     check_new(folder)
     check_ids(items.ids)
     rows = batches(codes, items)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = beside(folder)
     temporary.mkdir(parents=True)
     name = f"vhabl_{secrets.token_hex(6)}"
     address = uri or str(temporary / EMBEDDED)

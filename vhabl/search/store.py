@@ -12,7 +12,6 @@ says which item a row is.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 
 from vhabl.errors import fail, plural
 from vhabl.evaluator import SHORTLIST
-from vhabl.files import alone, atomic_path, named, open_array, write_json
+from vhabl.files import alone, atomic_path, beside, named, open_array, write_json
 from vhabl.search import approximate, scan
 from vhabl.search.engine import (
     FORMAT,
@@ -499,7 +498,7 @@ def create(
     """
     check_new(folder)
     check_ids(items.ids)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = beside(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with named(folder, temporary):
@@ -523,7 +522,7 @@ def _write_folder(
     folder: Path, codes: dict[str, np.ndarray], items: Items, graphs: Sequence[approximate.Graph]
 ) -> dict[str, Any]:
     """A segment in a folder that is there whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = beside(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: no index names it
     try:
         with named(folder, temporary):
