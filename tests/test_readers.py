@@ -296,6 +296,34 @@ def test_a_damaged_class_of_an_array_is_named(tmp_path: Path) -> None:
     assert_fails(lambda: read_mat(path), path, ["damaged"])
 
 
+@pytest.mark.parametrize("how", ["link", "storage", "view", "cell", "sparse"])
+def test_hdf5_gives_nothing_of_other_files(how: str, tmp_path: Path) -> None:
+    """Who made it may not be allowed to read them."""
+    Path("secret").write_bytes(b"secret..")
+    with h5py.File("other.h5", "w") as other:
+        other["x"] = np.arange(3)
+    with h5py.File(tmp_path / "x.mat", "w") as file:
+        stored = {"shape": (8,), "dtype": np.uint8, "external": [("secret", 0, 8)]}
+        if how == "link":
+            file["x"] = h5py.ExternalLink("other.h5", "x")
+        if how == "storage":
+            file.create_dataset("x", **stored)
+        if how == "view":
+            layout = h5py.VirtualLayout((3,), np.int64)
+            layout[:] = h5py.VirtualSource("other.h5", "x", (3,))
+            file.create_virtual_dataset("x", layout)
+        if how == "cell":
+            there = file.create_dataset("#refs#/a", **stored)
+            cells = file.create_dataset("x", (1, 1), h5py.ref_dtype)
+            cells[0, 0] = there.ref
+        if how == "sparse":
+            file.create_group("x").attrs["MATLAB_sparse"] = 1
+            file["x"].create_dataset("jc", **stored)
+    found = r"x.mat: found .*lies in another file"
+    with pytest.raises(VhablError, match=found):
+        read_mat(tmp_path / "x.mat")
+
+
 def test_a_structure_in_hdf5_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.mat"
     write_mat73(path, {"x": {"a": GRID}})

@@ -88,8 +88,22 @@ def _read_hdf5(path: Path, wanted: set[str] | None) -> Iterator[tuple[str, np.nd
     with h5py.File(path, "r") as file:
         for name in file:
             if not name.startswith("#") and (wanted is None or name in wanted):
-                node = file[name]
+                node = _held(file, name)
                 yield name, _in_blocks(node) if _is_numeric(node) else _hdf5_value(file, node)
+
+
+def _held(place: h5py.Group, name: str | h5py.Reference) -> h5py.Group | h5py.Dataset:
+    """A part of a file. Raises ValueError where its content lies in another one: who made this file
+    may not be allowed to read that.
+    """
+    node = place[name]
+    elsewhere = h5py.h5f.get_name(node.id) != h5py.h5f.get_name(place.id)
+    if isinstance(node, h5py.Dataset):
+        stored = node.id.get_create_plist()
+        elsewhere |= stored.get_external_count() > 0 or stored.get_layout() == h5py.h5d.VIRTUAL
+    if elsewhere:
+        raise ValueError(f"{node.name} lies in another file")
+    return node
 
 
 def _is_numeric(node: h5py.Group | h5py.Dataset) -> bool:
@@ -115,9 +129,10 @@ def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
     if isinstance(node, h5py.Group):
         if "MATLAB_sparse" not in node.attrs:
             raise ValueError(f"{node.name} is a structure, not an array")
-        columns = node["jc"][()]
+        columns = _held(node, "jc")[()]
         shape = (int(node.attrs["MATLAB_sparse"]), len(columns) - 1)
-        data, rows = (node["data"][()], node["ir"][()]) if "data" in node else ([], [])
+        parts = ("data", "ir") if "data" in node else ()
+        data, rows = (_held(node, name)[()] for name in parts) if parts else ([], [])
         return _checked(scipy.sparse.csc_matrix((data, rows, columns), shape=shape)).toarray()
     matlab_class = node.attrs.get("MATLAB_class", b"")
     if node.attrs.get("MATLAB_empty", 0):
@@ -126,7 +141,7 @@ def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
     if matlab_class == b"cell" or h5py.check_ref_dtype(node.dtype) is not None:
         cells = np.empty(array.T.shape, object)
         for place, reference in np.ndenumerate(array.T):
-            cells[place] = _unwrap(_hdf5_value(file, file[reference]))
+            cells[place] = _unwrap(_hdf5_value(file, _held(file, reference)))
         return cells
     if matlab_class == b"char":
         return np.array([_text(row) for row in array.T])  # a row of a char matrix is a text
