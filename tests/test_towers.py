@@ -116,6 +116,27 @@ def test_towers_equal_open_clip(described: object, tune: str, tmp_path: Path) ->
         assert found.patches.shape == (3, 4, 32)
 
 
+def test_the_quick_gelu_of_open_clip_is_computed_quicker(tmp_path: Path) -> None:
+    described = TINY_TOWERS | {"quick_gelu": True}
+    ours = encoder(tmp_path, described, tune="all").clip
+    theirs = openclip.module().CLIP(**described)
+    theirs.load_state_dict(ours.state_dict())
+    assert sum(isinstance(m, openclip.QuickMLP) for m in ours.modules()) == 6
+    inputs = raw_inputs(encoder(tmp_path, described))
+    texts = torch.nn.functional.pad(inputs.text, (0, 4))
+    for clip in (ours, theirs):
+        (clip.encode_image(normalised(inputs.image)) * clip.encode_text(texts)).sum().backward()
+    pairs = zip(ours.named_parameters(), theirs.parameters(), strict=True)
+    gradients = {name: (p.grad, q.grad) for (name, p), q in pairs if q.grad is not None}
+    assert len(gradients) > 80
+    for name, (found, expected) in gradients.items():
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4), name
+    with torch.no_grad():
+        found, expected = (c.encode_image(normalised(inputs.image)) for c in (ours, theirs))
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert not torch.allclose(found, encoder(tmp_path)(inputs).image, atol=1e-3)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tune", ["frozen", "1", "2"])
 @pytest.mark.parametrize("described", [TINY_TOWERS, RESNET], ids=["vit", "resnet"])

@@ -191,7 +191,7 @@ class PixelEncoder(Encoder):
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """What the network takes of pixels: (B, 3, R, R) uint8 -> (B, 3, S, S)."""
-        return (self._cut(pixels).float() - self.mean) / self.spread
+        return (self._cut(pixels) - self.mean).div_(self.spread)
 
     def _cut(self, pixels: Tensor) -> Tensor:
         """The centre, or in training with `augment` a random part, mirrored at random:

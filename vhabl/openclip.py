@@ -6,13 +6,15 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vhabl.errors import VhablError, brief, fail, note
@@ -22,6 +24,7 @@ from vhabl.weights import read_state
 WEIGHTS_FOLDER = "cache"  # where open_clip's downloads go
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 VOCABULARY = 49408  # CLIP's tokens
+QUICK = 1.702  # of OpenAI's GELU
 LARGEST = 2**28  # parameters: a GiB of them
 DEEPEST, LONGEST = 256, 4096  # layers; pixels of a side, tokens of a text
 _OF_A_RUN = "encoder.clip."  # how the weights of a run name the towers
@@ -90,6 +93,10 @@ def build_towers(model: str, weights: str | None) -> Any:
             if count > max(LARGEST, path.stat().st_size if path.is_file() else 0):
                 raise ValueError(f"{count:,} parameters")
         towers = open_clip.CLIP(**config)
+        for block in list(towers.modules()):
+            mlp: Any = getattr(block, "mlp", None)
+            if isinstance(getattr(mlp, "gelu", None), open_clip.transformer.QuickGELU):
+                block.mlp = QuickMLP(OrderedDict(mlp.named_children()))
     except Exception as error:  # a description that makes no sense raises many types
         fail(
             f"key encoder.model: {name_of(model)}",
@@ -101,6 +108,20 @@ def build_towers(model: str, weights: str | None) -> Any:
     if weights:
         load_weights(towers, model, weights)
     return towers
+
+
+class QuickMLP(nn.Sequential):
+    """Both layers of a block with `x * sigmoid(1.702 x)` between them: [..., d] -> [..., d].
+
+    That is `silu(1.702 x) / 1.702`. With the factors in the weights, which are small, what is four
+    times as wide as a token is passed over once in place of three times, and kept twice in place
+    of three times for the gradient.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, last = cast(nn.Linear, self[0]), cast(nn.Linear, self[2])
+        wide = F.silu(F.linear(x, QUICK * first.weight, QUICK * first.bias))
+        return F.linear(wide, last.weight / QUICK, last.bias)
 
 
 def picture_size(model: str) -> int:
