@@ -340,8 +340,9 @@ def codes_under_noise(folder: Path, count: int) -> np.ndarray:
 def trained_on_emoji(folder: Path, recipe: str, *overrides: str) -> tuple[HashingMethod, Dataset]:
     config = load_config(
         CONFIG_DIR / f"{recipe}.yaml",
-        ["data=emoji", "validation.fraction=0", f"out={folder}/run", "codes=none", *overrides],
-    )
+        ["data=emoji", "validation.fraction=0", f"out={folder}/run", "codes=none", "device=cpu",
+         *overrides],
+    )  # fmt: skip
     data = load_data(config.data, config.encoder)
     return Trainer(config, data, False).run().eval(), data
 

@@ -90,6 +90,8 @@ def test_centres_are_the_regularised_least_squares() -> None:
     assert torch.allclose(found, expected.view(3, 4, 6), atol=1e-8)
     assert (found[1, 2] == 0).all()
     assert codebooks.solve(x.float(), codes, 4).dtype == torch.float32
+    for y in (x, x.float()):  # NCCL sends no other
+        assert codebooks.solve(y, codes, 4).is_contiguous()
 
 
 def test_a_vector_is_the_sum_of_its_centres() -> None:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vhabl import metrics
 from vhabl.errors import VhablError
 from vhabl.metrics import MEASURES, curves, evaluate, kernel_numba, kernel_torch, reference
 from vhabl.metrics.counts import Packed, pack_words, unpack_words
@@ -220,6 +221,18 @@ def test_a_kernel_is_chosen_by_device_and_what_is_installed(
     assert pick_kernel("auto") is kernel_torch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_kernel("auto") is kernel_torch
+    monkeypatch.setattr("vhabl.metrics.evaluation.find_spec", lambda name: name == "triton")
+    monkeypatch.setitem(sys.modules, "vhabl.metrics.kernel_triton", kernel_triton := object())
+    monkeypatch.setattr(metrics, "kernel_triton", kernel_triton, raising=False)
+    monkeypatch.setenv("CC", "/usr/bin/cc")
+    assert pick_kernel("auto") is kernel_triton
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")  # no compiler, without which Triton starts nothing
+    assert pick_kernel("auto") is kernel_torch
+    monkeypatch.setenv("CC", "/usr/bin/cc")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: "/nowhere")  # nor Python's headers
+    assert pick_kernel("auto") is kernel_torch
+    monkeypatch.setattr("vhabl.metrics.evaluation.find_spec", lambda name: None)
     with pytest.raises(VhablError, match="kernel: found 'triton'"):
         pick_kernel("triton")
 

@@ -333,6 +333,19 @@ def test_wrong_devices_are_named() -> None:
             pick_device("cuda")
 
 
+def test_a_gpu_with_a_number_is_what_cuda_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation says `cuda`; and convolutions in float32 are not rounded there."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert [pick_device(name).index for name in ("cuda", "cuda:1", "auto")] == [None, 1, None]
+    assert current == [torch.device("cuda:1")] and not torch.backends.cudnn.allow_tf32
+    with pytest.raises(VhablError, match=r"'cuda:2' with 2 CUDA devices"):
+        pick_device("cuda:2")
+
+
 @pytest.mark.gpu
 def test_training_on_a_gpu_gives_codes_of_the_same_quality(feature_file: Path) -> None:
     config = small_config(feature_file, "vh_abl", "epochs=20", "device=cuda")

@@ -197,7 +197,7 @@ def _outputs(encoder: PixelEncoder, view: str, store: Store) -> Iterator[np.ndar
     every = Rows(store, np.arange(count))
     image, text = (every, nothing) if view == "image" else (nothing, every)
     whole = Split(np.arange(count), image, text, np.zeros((count, 0), np.uint8))
-    for inputs in read(whole, shares):
+    for inputs in read(whole, shares, device=device):
         found: Tensor | None = getattr(encoder.frozen(inputs.only(view).to(device)), view)
         assert found is not None
         yield here.whole(found, here.counts(len(found))).cpu().numpy()

@@ -85,7 +85,8 @@ def solve(x: Tensor, codes: Tensor, centres: int) -> Tensor:
     gram = gram.view(m * centres, -1)
     gram.diagonal().add_(EPSILON)
     factor = torch.linalg.cholesky(gram)
-    return torch.cholesky_solve(sums.flatten(0, 1), factor).view(m, centres, -1).to(x.dtype)
+    found = torch.cholesky_solve(sums.flatten(0, 1), factor).view(m, centres, -1)
+    return found.to(x.dtype).contiguous()  # ranks can send nothing else
 
 
 def rebuild(codes: Tensor, centres: Tensor) -> Tensor:

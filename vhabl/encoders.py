@@ -180,7 +180,7 @@ class PixelEncoder(Encoder):
     def mixed(self) -> bool:
         """Whether the network computes in bfloat16: on a GPU that has it."""
         auto = self.config.precision == "auto" and self.mean.device.type == "cuda"
-        return auto and torch.cuda.is_bf16_supported()
+        return auto and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def arithmetic(self) -> AbstractContextManager[object]:
         device = self.mean.device.type

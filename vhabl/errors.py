@@ -67,22 +67,35 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.stdout.flush()
     except VhablError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
-    except BrokenPipeError:  # the reader of our output (such as `head`) has left: not an error
+        code = exit_code(error)
+    except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = exit_code(error)
     except OSError as error:
         if _stdout_fails():
             error = OSError(error.errno, "", "standard output")
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = exit_code(error)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        code = stopped.code
-    except KeyboardInterrupt:
+        code = exit_code(stopped)
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = exit_code(interrupt)
     sys.exit(code)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that ends with this error."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output (such as `head`) has left
+        return 0
+    if isinstance(error, VhablError | OSError):
+        return EXIT_USER_ERROR
+    if isinstance(error, Stopped):
+        return error.code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _stdout_fails() -> bool:

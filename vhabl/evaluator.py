@@ -73,9 +73,12 @@ def batches_in_order(method: HashingMethod, split: Split) -> Iterator[Batch]:
     device = next(method.parameters()).device
     rows = rows_in_order(len(split), method.encoder.batch)
     shares = [method.encoder.ranks.part(index) for index in rows]
-    for index, inputs in zip(rows, read(split, shares, device=device), strict=True):
-        labels = torch.from_numpy(split.labels[index]).float()
-        yield Batch(inputs.to(device), labels.to(device), torch.from_numpy(index).to(device))
+    # All at once, as the host waits for each copy.
+    labels = torch.from_numpy(split.labels).to(device)
+    index = torch.arange(len(split), device=device)
+    for there, inputs in zip(rows, read(split, shares, device=device), strict=True):
+        its = slice(there[0], there[-1] + 1)
+        yield Batch(inputs.to(device), labels[its].float(), index[its])
 
 
 def encode(

@@ -6,10 +6,11 @@ Without torchrun there is one rank, and nothing here changes what a command does
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vhabl.errors import Stopped, VhablError, brief, describe_os_error, fail
+from vhabl.errors import Stopped, VhablError, brief, describe_os_error, exit_code, fail
 
 T = TypeVar("T")
 
@@ -138,6 +139,8 @@ class Ranks:
         """Raises VhablError where a rank died while another one waits for it."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # a connection was closed
             found = f"one that died or cannot be reached ({brief(error)})"
             fail("processes", found, f"all {self.size} to the end: run the command again")
@@ -199,7 +202,7 @@ class GlobalBatchNorm(_BatchNorm):
             return super().forward(input)
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         x = wide.transpose(0, 1).flatten(1)  # [C, all else]
-        count = self.ranks.total(x.new_tensor(x.shape[1]))
+        count = self.ranks.total(x.new_full((), x.shape[1]))  # no copy that the host waits for
         mean = self.ranks.total(x.sum(dim=1)) / count
         variance = self.ranks.total((x - mean.unsqueeze(1)).square().sum(dim=1)) / count
         if self.running_mean is not None and self.running_var is not None:
@@ -236,12 +239,23 @@ def joined() -> Iterator[Ranks]:
     try:
         with _muted(rank > 0):
             yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]))
-    except (VhablError, OSError, Stopped):
-        if store.add("ranks that met an error", 1) > 1:
+    except BaseException as error:
+        # NCCL takes leave of the others together, while they wait for what this rank sends: it is
+        # not asked to, and when all is said the process ends without its destructors.
+        known = isinstance(error, VhablError | OSError | Stopped)
+        again = known and store.add("ranks that met an error", 1) > 1
+        atexit.register(_end, 0 if again else exit_code(error))
+        if again:
             sys.exit(0)
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def _end(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody hears it
+            stream.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -49,7 +49,10 @@ class Progress:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a recipe. Raises VhablError where CUDA is asked for and absent."""
+    """The device of a recipe; a GPU with a number is from then on what `cuda` means, and float32
+    is float32 there too. Raises VhablError where CUDA is asked for and absent.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -62,6 +65,8 @@ def pick_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             fail("key device", f"{name!r} with {count} CUDA devices here", "a device that exists")
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -130,7 +134,7 @@ def pick_kernel(name: Kernel) -> ModuleType:
     """
     cuda = torch.cuda.is_available()
     if name == "auto":
-        if cuda and find_spec("triton"):
+        if cuda and find_spec("triton") and _compiles():
             name = "triton"
         else:
             name = "torch" if cuda or not find_spec("numba") else "numba"
@@ -147,6 +151,14 @@ def pick_kernel(name: Kernel) -> ModuleType:
     from vhabl.metrics import kernel_numba
 
     return kernel_numba
+
+
+def _compiles() -> bool:
+    """Whether Triton finds what it compiles its launchers with; images made to run need not have
+    it.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def integer_weights(weights: np.ndarray, largest: int = 100) -> tuple[np.ndarray, float]:
