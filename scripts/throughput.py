@@ -341,17 +341,21 @@ def memory() -> Iterator[Record]:
         items = random_pairs(config, count) if data == "mirflickr" else random_features(count)
         record: Record = {"case": f"memory of a step of {name} at batch {count}"}
         if ON_GPU:
-            gc.collect()  # loops before refer to themselves
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            loop = Loop(config, as_dataset(data, items), 1)
-            loop.trainer.method.prepare(torch.zeros(MEMORY_ITEMS, FEATURES[2], device=DEVICE))
-            loop.epoch()
-            peak = torch.cuda.max_memory_allocated() - before
-            yield record | {"peak_GB": peak / GIGABYTE}
+            yield record | {"peak_GB": measured_memory(config, as_dataset(data, items))}
         else:
             yield record | {"computed_GB": computed_memory(config, as_dataset(data, items))}
+
+
+def measured_memory(config: Config, data: Dataset) -> float:
+    """Gigabytes that a GPU holds at most in a step over all training items at once."""
+    gc.collect()  # loops before this one refer to themselves
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loop = Loop(config, data, 1)
+    loop.trainer.method.prepare(torch.zeros(MEMORY_ITEMS, FEATURES[2], device=DEVICE))
+    loop.epoch()
+    return (torch.cuda.max_memory_allocated() - before) / GIGABYTE
 
 
 def computed_memory(config: Config, data: Dataset) -> float:

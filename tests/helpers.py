@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vhabl.config import CONFIG_DIR, Config, load
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
 
 
 def write_feature_file(path: Path, seed: int = 0, classes: int = 4, train: int = 60) -> Path:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import (
     CNN,
+    ROOT,
     SMALL,
     ended,
     pair_config,
@@ -35,7 +36,6 @@ from vhabl.evaluator import NOT_BINARY
 from vhabl.ranks import ALONE, GlobalBatchNorm, Ranks
 from vhabl.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 STILL = ["model.net.dropout=0", "model.net.context_dropout=0", "model.net.modality_dropout=0"]
 
 

@@ -29,7 +29,6 @@ from vhabl.errors import VhablError
 from vhabl.ranks import Ranks
 from vhabl.shards import Part, Shard
 
-ROOT = Path(__file__).resolve().parents[1]
 BRIEF = ["out=run", "epochs=1", "validation.fraction=0", "data.workers=0", "encoder.cache=none"]
 
 

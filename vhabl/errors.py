@@ -65,24 +65,23 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
-    except VhablError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (VhablError, OSError, Stopped, KeyboardInterrupt) as error:
+        _say(error)
         code = exit_code(error)
-    except BrokenPipeError as error:
+    sys.exit(code)
+
+
+def _say(error: BaseException) -> None:
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = exit_code(error)
-    except OSError as error:
+    elif isinstance(error, OSError):
         if _stdout_fails():
             error = OSError(error.errno, "", "standard output")
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
-        code = exit_code(error)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        code = exit_code(stopped)
-    except KeyboardInterrupt as interrupt:
-        print("interrupted", file=sys.stderr)
-        code = exit_code(interrupt)
-    sys.exit(code)
+    elif isinstance(error, VhablError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        print(error if isinstance(error, Stopped) else "interrupted", file=sys.stderr)
 
 
 def exit_code(error: BaseException) -> int:

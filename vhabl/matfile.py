@@ -131,8 +131,9 @@ def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
             raise ValueError(f"{node.name} is a structure, not an array")
         columns = _held(node, "jc")[()]
         shape = (int(node.attrs["MATLAB_sparse"]), len(columns) - 1)
-        parts = ("data", "ir") if "data" in node else ()
-        data, rows = (_held(node, name)[()] for name in parts) if parts else ([], [])
+        data, rows = [], []  # of a matrix without entries MATLAB stores neither
+        if "data" in node:
+            data, rows = _held(node, "data")[()], _held(node, "ir")[()]
         return _checked(scipy.sparse.csc_matrix((data, rows, columns), shape=shape)).toarray()
     matlab_class = node.attrs.get("MATLAB_class", b"")
     if node.attrs.get("MATLAB_empty", 0):
