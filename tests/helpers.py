@@ -43,7 +43,7 @@ SMALL = {  # overrides that make a recipe's model small
     "nested_mlp": ["model.dim=16"],
     "pghmh": ["model.dim=16", "model.auxiliary=24", "model.heads=2"],
     "hq": ["model.dim=16", "model.dictionaries=2", "model.centres=8"],
-    "cmcl": ["model.dim=16", "model.auxiliary=24", "model.concepts=5", "model.heads=2"],
+    "cmcl": ["model.dim=16", "model.auxiliary=24", "model.concepts=5"],
 }
 
 

@@ -217,6 +217,7 @@ LOSSES: dict[str, Callable[[Case], Tensor]] = {
     "centre_contrast": lambda c: losses.centre_contrast(c.h, c.centres, c.y),
     "centre_bce": lambda c: losses.centre_bce(c.h, c.centres, c.y),
     "centre_separation": lambda c: losses.centre_separation(c.centres),
+    "squared_error": lambda c: losses.squared_error(c.h, c.w),
     "decorrelation": lambda c: losses.decorrelation(c.h),
     "likelihood": lambda c: losses.likelihood(4 * c.w, c.h, (c.y @ c.y.T > 0).to(c.y)),
     "info_nce": lambda c: losses.info_nce(c.h, c.w, 0.3),
@@ -243,6 +244,14 @@ def loop(name: str, case: Case) -> float:
         "centre_contrast": lambda: loop_centre_contrast(h, centres, y),
         "centre_bce": lambda: loop_centre_bce(h, centres, y),
         "centre_separation": lambda: loop_centre_separation(centres),
+        "squared_error": lambda: (
+            sum(
+                (a - b) ** 2
+                for x, w in zip(h, case.w.tolist(), strict=True)
+                for a, b in zip(x, w, strict=True)
+            )
+            / len(h)
+        ),
         "decorrelation": lambda: loop_decorrelation(h),
         "likelihood": lambda: loop_likelihood((4 * case.w).tolist(), h, y),
         "info_nce": lambda: loop_info_nce(h, case.w.tolist(), 0.3),

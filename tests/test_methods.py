@@ -440,11 +440,11 @@ def test_the_loss_of_cmcl_by_its_formulas(feature_file: Path) -> None:
             expected["quantisation"] += factor * w.quantisation * float(squared)
             if k != 24:
                 target = method.memory.signs(24)[batch.index]
-                error = ((method.heads.decode[str(k)](h) - target) ** 2).mean()
+                error = ((method.heads.decode[str(k)](h) - target) ** 2).sum(dim=1).mean()
                 expected["reconstruction"] += w.auxiliary * w.reconstruction * float(error)
-    features = method.embed(batch.inputs)
+    whole, _ = method.features(batch.inputs)
     expected["contrast"] = w.contrast * float(
-        info_nce(features["image"], features["text"], method.settings.temperature)
+        info_nce(whole["image"], whole["text"], method.settings.temperature)
     )
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -549,16 +549,16 @@ def test_prompts_name_what_is_expected_and_true_classes_where_told(feature_file:
     seen: list[torch.Tensor] = []
     method.reader[0].register_forward_pre_hook(lambda _, given: seen.append(given[0][:, -1]))
     expected = torch.nn.functional.normalize(
-        method._features(batch.inputs)["logits"].sigmoid(), p=1, dim=1
+        method.features(batch.inputs)["logits"].sigmoid(), p=1, dim=1
     )
     labels = (batch.labels + batch.labels.roll(1, dims=1)).clamp(max=1)  # two classes each
     true = labels / labels.sum(dim=1, keepdim=True)
     told = torch.tensor([1, 0, 0, 1, 1, 0, 1], dtype=torch.bool)[:, None]
-    method._features(batch.inputs, labels, told)
-    kind = method.kinds[2]
-    assert torch.allclose(seen[0], expected @ method.names + kind, atol=1e-5)
+    method.features(batch.inputs, labels, told)
+    learned = method.context[-1]
+    assert torch.allclose(seen[0], expected @ method.names + learned, atol=1e-5)
     mixed = torch.where(told, true, expected)
-    assert torch.allclose(seen[1], mixed @ method.names + kind, atol=1e-5)
+    assert torch.allclose(seen[1], mixed @ method.names + learned, atol=1e-5)
 
 
 @torch.no_grad()
@@ -570,35 +570,29 @@ def test_the_features_of_pghmh_by_its_formulas(tmp_path: Path) -> None:
     method = build_method(config, data.spec)
     assert isinstance(method, PGHMH)
     method.eval()
-    for parameter in (method.kinds, method.fusion.response.scale, method.fusion.response.shift):
+    for parameter in (method.fusion.response.scale, method.fusion.response.shift):
         torch.nn.init.normal_(parameter)
     inputs = data.train.inputs(np.arange(9))
-    read, found = method.embeddings(inputs), method._features(inputs)
+    read, found = method.embeddings(inputs), method.features(inputs)
     assert read.words is not None and read.word_mask is not None
     assert len(set(read.word_mask.sum(dim=1).tolist())) > 1  # captions of several lengths
-    fusion, kinds = method.fusion, method.kinds
+    fusion = method.fusion
     for i in range(9):
         image, text = read.image[i], read.text[i]
         logits = method.classifier(torch.cat([image, text])[None])[0]
         share = logits.sigmoid() / logits.sigmoid().sum()
-        x = torch.cat(
-            [
-                text[None] + kinds[0],
-                read.words[i][read.word_mask[i]] + kinds[0],
-                method.context + kinds[1],
-                (share @ method.names)[None] + kinds[2],
-            ]
-        )[None]
-        for layer in method.reader:
-            x = layer(x)
+        words, context = read.words[i][read.word_mask[i]], method.context
+        x = torch.cat([words, context[:-1], (share @ method.names + context[-1])[None]])[None]
+        for block in method.reader:
+            x = block(x)
         x = method.norm(x)[0]
-        text = text + method.text_projection(x[0] * x[-1])
-        guide = method.prompt_projection(x[-1])
-        tokens = torch.stack([image, text, guide])[None]
-        seen = fusion.norm(tokens)
+        text = method.text_projection(x[len(words) - 1] * x[-1])
+        before = torch.stack([image, text, method.text_projection(x[-1])])[None]
+        seen = fusion.norm(before)
         attended = fusion.attention(seen, seen, seen)[0]
-        fused = fusion.layer(fusion.response(attended) + tokens / 2)[0]
-        expected = {"fused": fused[0] + fused[1], "prompt": guide, "image": image, "text": text,
+        fused = fusion.layer(fusion.response(attended) + before / 2)
+        image, text, guide = (0.5 * before + 0.5 * fused)[0]
+        expected = {"fused": image + text, "prompt": guide, "image": image, "text": text,
                     "logits": logits}  # fmt: skip
         for name, value in expected.items():
             assert torch.allclose(found[name][i], value, atol=1e-4), name
@@ -629,11 +623,11 @@ def test_the_loss_of_pghmh_by_its_formulas(feature_file: Path, truth: float, ora
     w, y = method.settings.weights, batch.labels
     told = torch.full((7, 1), bool(truth) or oracle)
     found = {name: value.item() for name, value in method.loss(batch).items()}
-    features = method._features(batch.inputs, y, told)
+    features = method.features(batch.inputs, y, told)
     t = method.settings.temperature
-    logits = features["logits"]
+    logits, aligned = features["logits"], method.align(features["fused"])
     expected = {
-        "alignment": w.alignment * float(info_nce(features["fused"], features["prompt"], t)),
+        "alignment": w.alignment * float(info_nce(aligned, features["prompt"], t)),
         "contrast": w.contrast * float(info_nce(features["image"], features["text"], t)),
         "classes": -w.classes * float(
             (y * logits.sigmoid().log() + (1 - y) * (1 - logits.sigmoid()).log()).mean()
@@ -648,7 +642,8 @@ def test_the_loss_of_pghmh_by_its_formulas(feature_file: Path, truth: float, ora
         value = -(similar * s - torch.log(1 + torch.exp(s))).mean()
         expected["likelihood"] += factor * w.likelihood * float(value)
         if k != 24:
-            error = ((method.heads.rebuild(h) - method.memory.signs(24)[batch.index]) ** 2).mean()
+            error = (method.heads.rebuild(h) - method.memory.signs(24)[batch.index]) ** 2
+            error = error.sum(dim=1).mean()
             expected["reconstruction"] += w.auxiliary * w.reconstruction * float(error)
     assert found == pytest.approx(expected, rel=1e-4)
     latest = method.memory.codes("fused", 8)

@@ -70,7 +70,7 @@ def memory_of_a_step(config: Config, spec: DataSpec, batch: Batch) -> float:
     method = build_method(config, spec)
     labels = batch.labels
     method.prepare(labels.repeat(-(-TRAIN_ITEMS // len(labels)), 1)[:TRAIN_ITEMS])
-    optimizer = build_optimizer(method.param_groups(), config.optim)
+    optimizer = build_optimizer(method.param_groups(), method.named_parameters(), config.optim)
     before = {n: p.detach().clone() for n, p in method.named_parameters() if p.requires_grad}
     kept, loss = saved_for_backward(
         method, lambda: torch.stack(list(method.loss(batch).values())).sum()

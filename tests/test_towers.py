@@ -64,7 +64,7 @@ def encoder(folder: Path, described: object = TINY_TOWERS, **settings: object) -
     config = EncoderConfig(
         "clip", model, "", words=12, cache_precision="float32", **{"tune": "frozen", **settings}
     )
-    return ClipEncoder(config, tokens=True).eval()
+    return ClipEncoder(config, tokens="joint").eval()
 
 
 def raw_inputs(towers: ClipEncoder, room: int = 0) -> Inputs:
@@ -158,7 +158,7 @@ def test_what_the_frozen_part_gives_stands_for_raw_inputs(
 @torch.no_grad()
 def test_pooled_vectors_alone_are_the_same_and_standardised(tmp_path: Path) -> None:
     towers = encoder(tmp_path)
-    alone = ClipEncoder(towers.config, tokens=False).eval()
+    alone = ClipEncoder(towers.config, tokens="").eval()
     alone.clip.load_state_dict(towers.clip.state_dict())
     inputs = raw_inputs(towers)
     both, pooled = towers(inputs), alone(inputs)
@@ -242,7 +242,7 @@ def test_pictures_are_cut_at_random_in_training_alone(tmp_path: Path) -> None:
 def test_texts_fit_the_context(words: int, tmp_path: Path) -> None:
     config = EncoderConfig("clip", architecture(tmp_path), "", words=words)
     with pytest.raises(VhablError, match=r"key encoder.words: .* expected 3 to 16 tokens"):
-        ClipEncoder(config, tokens=True)
+        ClipEncoder(config, tokens="joint")
 
 
 def test_tokens_are_those_of_open_clip() -> None:

@@ -23,7 +23,7 @@ from vhabl.errors import Stopped, VhablError
 from vhabl.evaluator import batches_in_order, code_tasks
 from vhabl.files import alone
 from vhabl.methods.nested_mlp import NestedMLP
-from vhabl.optim import WeightMean, build_optimizer, set_rate
+from vhabl.optim import WeightMean, build_optimizer, clip_gradients, set_rate
 from vhabl.settings import OptimConfig
 from vhabl.trainer import STATE_FILE, Trainer, pick_device
 from vhabl.types import Batch
@@ -542,10 +542,12 @@ def test_resume_refuses_a_state_of_other_data(feature_file: Path) -> None:
 
 
 def test_rates_rise_in_the_warm_up_and_fall_along_a_cosine() -> None:
+    """The cosine falls over all steps, those of the warm-up too, as in BertAdam."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     config = OptimConfig(lr=0.1, schedule="cosine", warmup=0.2)
-    optimizer = build_optimizer([{"params": [parameter]}], config)
-    for progress, factor in ((0.0, 0.0), (0.05, 0.25), (0.2, 1.0), (0.6, 0.5), (0.8, 0.1464466)):
+    optimizer = build_optimizer([{"params": [parameter]}], [("a", parameter)], config)
+    by_hand = ((0.0, 0.0), (0.05, 0.25), (0.2, 0.9045085), (0.5, 0.5), (0.75, 0.1464466))
+    for progress, factor in by_hand:
         set_rate(optimizer, config, progress)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * factor), progress
     constant = replace(config, schedule="constant", warmup=0.0)
@@ -561,14 +563,60 @@ def test_rates_rise_in_the_warm_up_and_fall_along_a_cosine() -> None:
 def test_an_optimiser_is_the_one_the_recipe_names(
     name: str, kind: type[torch.optim.Optimizer]
 ) -> None:
-    config = OptimConfig(name=name, lr=0.1, weight_decay=0.3, momentum=0.7)
-    plain, slow = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    optimizer = build_optimizer([{"params": [plain]}, {"params": [slow], "lr_scale": 0.5}], config)
+    config = OptimConfig(
+        name=name, lr=0.1, weight_decay=0.3, momentum=0.7, betas=[0.8, 0.95], eps=1e-6
+    )
+    plain, tuned = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    groups = [{"params": [plain]}, {"params": [tuned], "lr": 0.02}]
+    optimizer = build_optimizer(groups, [("a", plain), ("b", tuned)], config)
     assert type(optimizer) is kind
     first, second = optimizer.param_groups
-    assert first["params"] == [plain] and second["params"] == [slow]
-    assert (first["lr"], second["lr"]) == pytest.approx((0.1, 0.05))
+    assert first["params"] == [plain] and second["params"] == [tuned]
+    assert (first["lr"], second["lr"]) == pytest.approx((0.1, 0.02))
     assert first["weight_decay"] == second["weight_decay"] == 0.3
-    assert first.get("momentum", 0.7) == 0.7
+    if name == "sgd":
+        assert first["momentum"] == 0.7
+    else:
+        assert (first["betas"], first["eps"]) == ((0.8, 0.95), 1e-6)
     set_rate(optimizer, config, 0.5)
-    assert (first["lr"], second["lr"]) == pytest.approx((0.1, 0.05))
+    assert (first["lr"], second["lr"]) == pytest.approx((0.1, 0.02))
+
+
+def test_rates_are_scaled_by_the_longest_name_that_a_parameter_begins_with() -> None:
+    names = ("fusion.weight", "fusion.norm.weight", "fusionary.weight", "encoder.end.bias")
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in names]
+    scales = {"fusion": 0.1, "fusion.norm": 0.5, "encoder.end": 0}
+    config = OptimConfig(name="adamw", lr=0.1, weight_decay=0.5, lr_scale=scales)
+    groups = [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.01}]
+    named = list(zip(names, parameters, strict=True))
+    optimizer = build_optimizer(groups, named, config)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in parameters] == pytest.approx([0.01, 0.05, 0.1, 0])
+    torch.stack([p.sum() for p in parameters]).sum().backward()
+    optimizer.step()
+    assert parameters[3].item() == 1 and all(p.item() < 1 for p in parameters[:3])
+    with pytest.raises(VhablError, match=r"optim\.lr_scale\.fusio: found no such part; expected a"):
+        build_optimizer(groups, named, replace(config, lr_scale={"fusio": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("per_tensor", "expected"),
+    [(False, [[0.6, 0.8], [0.0, 0.0], [2.4]]), (True, [[0.6 * 2.6, 0.8 * 2.6], [0.0, 0.0], [2.6]])],
+)
+def test_gradients_are_clipped_together_or_each_alone(
+    per_tensor: bool, expected: list[list[float]]
+) -> None:
+    """Norms 5, 0 and 12, together 13."""
+    gradients = [[3.0, 4.0], [0.0, 0.0], [12.0]]
+    parameters = [torch.nn.Parameter(torch.zeros(len(g))) for g in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = torch.tensor(gradient)
+    unused = torch.nn.Parameter(torch.zeros(2))
+    clip_gradients([*parameters, unused], OptimConfig(clip=2.6, clip_per_tensor=per_tensor))
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.tolist() == pytest.approx(gradient, rel=1e-5)
+    before = [p.grad.clone() for p in parameters if p.grad is not None]
+    clip_gradients(parameters, OptimConfig(clip=100, clip_per_tensor=per_tensor))
+    clip_gradients(parameters, OptimConfig(clip=0, clip_per_tensor=per_tensor))
+    assert all(torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=True))

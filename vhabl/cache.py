@@ -51,7 +51,7 @@ def frozen_outputs(
         return data
     made_with = _made_with(encoder, stores)
     depth = "frozen" if not encoder.tuned else f"last{encoder.tuned}"
-    content = "tokens" if encoder.gives_tokens else "pooled"
+    content = {"joint": "tokens"}.get(encoder.tokens, encoder.tokens) or "pooled"
     name = f"{data.name}-{openclip.name_of(config.model)}-{depth}-{content}.h5"
     path = Path(config.cache) / name
     here = encoder.ranks

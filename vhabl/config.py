@@ -48,6 +48,8 @@ _KINDS: dict[Any, str] = {
     str: "a text",
     list[int]: "a list of whole numbers",
     list[str]: "a list of texts",
+    list[float]: "a list of numbers",
+    dict[str, float]: "numbers by name",
 }
 
 
@@ -246,7 +248,7 @@ def _describe(cls: Any, prefix: str) -> list[str]:
 
 def _convert(kind: Any, value: Any) -> Any:
     """A YAML value as a key's type. Raises ValueError where it is of another type."""
-    if kind in (list[int], list[str]):
+    if kind in (list[int], list[str], list[float]):
         element = typing.get_args(kind)[0]
         return [_convert(element, v) for v in (value if isinstance(value, list) else [value])]
     if isinstance(value, bool) != (kind is bool) or isinstance(value, list | dict | None):
@@ -311,14 +313,21 @@ def _flat(config: Config) -> dict[str, Any]:
 
 def _merge(types: dict[str, Any], layers: Iterable[Layer]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
+    tables = [name for name, kind in types.items() if kind == dict[str, float]]
     for where, values in layers:
         for name, value in values.items():
-            if name not in types:
+            table = next((t for t in tables if name.startswith(f"{t}.")), None)
+            if table is None and name not in types:
                 raise _unknown_key(types, name, where)
+            kind = float if table else types[name]
             try:
-                merged[name] = _convert(types[name], value)
+                converted = _convert(kind, value)
             except (TypeError, ValueError):
-                fail(f"{where}: key {name}", repr(value), _KINDS[types[name]])
+                fail(f"{where}: key {name}", repr(value), _KINDS[kind])
+            if table:  # its keys are names of their own: optim.lr_scale.fusion
+                merged[table] = {**merged.get(table, {}), name.removeprefix(f"{table}."): converted}
+            else:
+                merged[name] = converted
     return merged
 
 
@@ -480,6 +489,11 @@ def _check(c: Config) -> None:
     _require(0 < o.lr < math.inf, "optim.lr", o.lr, "a number above 0")
     for name in ("warmup", "momentum"):
         _require(0 <= getattr(o, name) < 1, f"optim.{name}", getattr(o, name), "0 up to below 1")
+    ok = len(o.betas) == 2 and all(0 <= beta < 1 for beta in o.betas)
+    _require(ok, "optim.betas", o.betas, "two numbers from 0 up to below 1")
+    _require(0 < o.eps < math.inf, "optim.eps", o.eps, "a number above 0")
+    for part, factor in o.lr_scale.items():
+        _require(0 <= factor < math.inf, f"optim.lr_scale.{part}", factor, "0 or more")
     for name in ("weight_decay", "clip", "averaging"):
         _require(0 <= getattr(o, name) < math.inf, f"optim.{name}", getattr(o, name), "0 or more")
     _require(0 <= v.fraction <= 0.5, "validation.fraction", v.fraction, "0 to 0.5")

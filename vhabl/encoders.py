@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,14 @@ from torch import Tensor, nn
 
 from vhabl import cnn, openclip
 from vhabl.errors import fail
+from vhabl.layers import ClipBlock, last_tokens
 from vhabl.ranks import ALONE, GlobalBatchNorm, Ranks
 from vhabl.settings import EncoderConfig
 from vhabl.types import DataSpec, Embeddings, Inputs, Split
+
+#: What a method uses beside pooled vectors: nothing; patches and words in the joint space; or the
+#: text tower's last hidden states
+Tokens = Literal["", "joint", "hidden"]
 
 
 class Encoder(nn.Module):
@@ -25,7 +31,7 @@ class Encoder(nn.Module):
     image_dim: int
     text_dim: int
     batch = 2048  # items encoded at once; part of the protocol, so that results repeat
-    gives_tokens = False  # patches and words beside the pooled vectors, all in one joint space
+    tokens: Tokens = ""  # which it gives beside the pooled vectors
     cacheable = False  # whether a part of it never changes, so that its outputs can be kept
     ranks = ALONE  # that have a share of each batch
 
@@ -52,7 +58,11 @@ class Encoder(nn.Module):
         """Measure on the training items what the encoder needs to know. Default: nothing."""
 
     def read(self, texts: Sequence[str]) -> Tensor:
-        """Vectors [N, d_text] of texts, for towers."""
+        """The text tower's last hidden state [N, w] of the end of each text, for towers."""
+        raise NotImplementedError
+
+    def copy_text_end(self, layers: int) -> tuple[list[ClipBlock], nn.LayerNorm, nn.Linear]:
+        """Copies of the text tower's last blocks, its norm and its projection, for towers."""
         raise NotImplementedError
 
     def frozen(self, inputs: Inputs) -> Inputs:
@@ -87,8 +97,10 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def build(config: EncoderConfig, spec: DataSpec, tokens: bool, pretrained: bool = True) -> Encoder:
-    """The encoder of a recipe. tokens: whether the method uses parts of pictures and single words.
+def build(
+    config: EncoderConfig, spec: DataSpec, tokens: Tokens, pretrained: bool = True
+) -> Encoder:
+    """The encoder of a recipe. tokens: the parts of pictures and texts that the method uses.
     pretrained: read the weights of networks; without, they are random and expected to be replaced.
     """
     if config.name == "features":
@@ -296,9 +308,9 @@ class ClipEncoder(PixelEncoder):
 
     batch = 256
 
-    def __init__(self, config: EncoderConfig, tokens: bool, pretrained: bool = True) -> None:
+    def __init__(self, config: EncoderConfig, tokens: Tokens, pretrained: bool = True) -> None:
         super().__init__(config, openclip.picture_size(config.model), openclip.normalisation())
-        self.gives_tokens = tokens
+        self.tokens = tokens
         self.clip = openclip.build_towers(config.model, config.weights if pretrained else None)
         longest = len(self.clip.positional_embedding)
         if not 3 <= config.words <= longest:
@@ -342,15 +354,24 @@ class ClipEncoder(PixelEncoder):
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Tensor:
-        tokens = torch.from_numpy(openclip.tokenise(texts, self.config.words)[0])
-        mode, vectors = self.training, []
+        ids = torch.from_numpy(openclip.tokenise(texts, self.config.words)[0])
+        mode = self.training
         self.eval()
-        for some in tokens.to(self.mean.device).split(self.batch):
-            found = self(Inputs(None, some)).text
-            assert found is not None
-            vectors.append(found)
+        parts = ids.to(self.mean.device).split(self.batch)
+        found = [self(Inputs(None, some)) for some in parts]
+        vectors = torch.cat([last_tokens(one.words, one.word_mask) for one in found])
         self.train(mode)
-        return torch.cat(vectors)
+        return vectors
+
+    def copy_text_end(self, layers: int) -> tuple[list[ClipBlock], nn.LayerNorm, nn.Linear]:
+        blocks = list(self.clip.transformer.resblocks)[-layers:]
+        project = self.clip.text_projection
+        weight = project.weight if isinstance(project, nn.Linear) else project.T
+        copied = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        with torch.no_grad():
+            copied.weight.copy_(weight)
+        norm: nn.LayerNorm = copy.deepcopy(self.clip.ln_final)
+        return [ClipBlock.copy_of(block) for block in blocks], norm.requires_grad_(True), copied
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -359,8 +380,8 @@ class ClipEncoder(PixelEncoder):
 
         Of frozen towers: [B, 1 + P, d] and [B, 1 + L, d], first the pooled vector, then projected
         patches and words (zeros from the end-of-text token on); the pooled vector alone where the
-        method uses no tokens. Of partly frozen ones: what their last frozen block gives, zeros
-        after the end of a text.
+        method uses no such tokens. Of partly frozen ones, and for hidden states: what the last
+        frozen block gives, zeros after the end of a text.
         """
         if self.config.tune == "all":
             return inputs
@@ -372,7 +393,8 @@ class ClipEncoder(PixelEncoder):
             if text is not None and not text.is_floating_point():
                 ends = text.argmax(dim=1)  # the end-of-text token has the highest id
                 x = self._text_start(text)
-                if self.tuned:  # the towers are causal: nothing after the end enters a text
+                if self.tuned or self.tokens == "hidden":
+                    # The towers are causal: nothing after the end enters a text.
                     x = x * _before(ends + 1, x)
                 else:
                     x = self._stacked(*self._text_end(x, ends))
@@ -384,12 +406,12 @@ class ClipEncoder(PixelEncoder):
         with self.arithmetic():
             image, patches = (None, None) if inputs.image is None else self._image(inputs.image)
             text, words = (None, None) if inputs.text is None else self._text(inputs.text)
-        if not self.gives_tokens:
+        if not self.tokens:
             image = None if image is None else self.norms["image"](image)
             text = None if text is None else self.norms["text"](text)
             return Embeddings(image, text)
         mask = None if words is None else (words != 0).any(dim=2)
-        return Embeddings(image, text, patches, words, mask)
+        return Embeddings(image, text, patches if self.tokens == "joint" else None, words, mask)
 
     def _image(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The live part, for what `frozen` gave: pooled [B, d] and patches [B, P, d]."""
@@ -403,22 +425,25 @@ class ClipEncoder(PixelEncoder):
 
     def _text(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The live part, for what `frozen` gave: pooled [B, d] and words [B, L, d], zeros from the
-        end-of-text token on.
+        end-of-text token on; or hidden states [B, L, w], zeros after it.
         """
-        if self.tuned:
+        hidden = self.tokens == "hidden"
+        if self.tuned or hidden:
             if x.is_floating_point():
                 ends = (x != 0).any(dim=2).sum(dim=1) - 1
                 x = x.float()
             else:
                 ends = x.argmax(dim=1)
                 x = self._text_start(x)
-            pooled, words = self._text_end(self._text_blocks(x, self.live["text"]), ends)
+            x = self._text_blocks(x, self.live["text"])
+            pooled, words = self._text_end(x, ends)
+            words = x * _before(ends + 1, x) if hidden else words
             return pooled.float(), words.float()
         return x[:, 0].float(), x[:, 1:].float()
 
     def _stacked(self, pooled: Tensor, tokens: Tensor) -> Tensor:
         rows = pooled.unsqueeze(1)
-        return torch.cat([rows, tokens], dim=1) if self.gives_tokens else rows
+        return torch.cat([rows, tokens], dim=1) if self.tokens == "joint" else rows
 
     def fixed_tensors(self) -> Iterator[tuple[str, Tensor]]:
         live = {id(p) for p in self.clip.parameters() if p.requires_grad}
@@ -448,7 +473,7 @@ class ClipEncoder(PixelEncoder):
         if _is_resnet(visual):
             x = _attention_pool(visual.attnpool, x)  # (B, 1 + P, d)
             return x[:, 0], x[:, 1:]
-        if not self.gives_tokens and visual.pool_type == "tok":
+        if self.tokens != "joint" and visual.pool_type == "tok":
             x = x[:, :1]
         pooled, tokens = visual._pool(x)
         return pooled @ visual.proj, tokens @ visual.proj
@@ -470,7 +495,7 @@ class ClipEncoder(PixelEncoder):
         clip = self.clip
         project = clip.text_projection
         everything = torch.arange(len(x), device=x.device)
-        if not self.gives_tokens:
+        if self.tokens != "joint":
             x, ends = x[everything, ends].unsqueeze(1), torch.zeros_like(ends)
         x = clip.ln_final(x)
         x = project(x) if isinstance(project, nn.Linear) else x @ project

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,47 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.inner(x)
+
+
+class QuickGELU(nn.Module):
+    """`x sigmoid(1.702 x)`, CLIP's approximation of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ClipBlock(nn.Module):
+    """A block of CLIP's towers: x + attention(LN x), then x + MLP(LN x), four times as wide inside,
+    with QuickGELU: [B, T, D].
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), QuickGELU(), nn.Linear(4 * dim, dim))
+
+    @classmethod
+    def copy_of(cls, block: Any) -> ClipBlock:
+        """A copy of a block of a tower, with its weights and its activation."""
+        copied = cls(block.attn.embed_dim, block.attn.num_heads)
+        for name, _ in copied.named_children():
+            setattr(copied, name, copy.deepcopy(getattr(block, name)))
+        return copied.requires_grad_(True)
+
+    def forward(self, x: Tensor, absent: Tensor | None = None) -> Tensor:
+        """absent [B, T]: True at tokens that nothing attends to."""
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, absent, need_weights=False)[0]
+        mixed: Tensor = x + self.mlp(self.ln_2(x))
+        return mixed
+
+
+def last_tokens(x: Tensor, present: Tensor) -> Tensor:
+    """The last token of each row that is present, [B, D]: x [B, T, D], present [B, T], True at the
+    first of a row.
+    """
+    return x[torch.arange(len(x), device=x.device), present.sum(dim=1) - 1]
 
 
 class PrototypeAttention(nn.Module):
@@ -134,8 +177,8 @@ class StandIn(nn.Module):
 class LengthHeads(nn.Module):
     """Relaxed codes of several lengths from one feature [B, d]: Linear(d -> k) and tanh for each.
 
-    The longest, auxiliary length K is the one that decoders k -> K -> K (tanh) reconstruct from
-    each of the others, so that the lengths learn from each other (CMCL).
+    The longest, auxiliary length K is the one that decoders k -> K -> K (ReLU between, tanh at the
+    end) reconstruct from each of the others, so that the lengths learn from each other (CMCL).
     """
 
     def __init__(self, dim: int, lengths: Sequence[int], auxiliary: int) -> None:
@@ -146,7 +189,7 @@ class LengthHeads(nn.Module):
         self.decode = nn.ModuleDict(
             {
                 str(k): nn.Sequential(
-                    nn.Linear(k, auxiliary), nn.Tanh(), nn.Linear(auxiliary, auxiliary), nn.Tanh()
+                    nn.Linear(k, auxiliary), nn.ReLU(), nn.Linear(auxiliary, auxiliary), nn.Tanh()
                 )
                 for k in self.lengths
                 if k != auxiliary

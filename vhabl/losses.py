@@ -183,6 +183,11 @@ def centre_separation(centres: Tensor) -> Tensor:
     return -(distances.mean() + distances.min()) / bits
 
 
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    """`sum_k (x_ik - y_ik)^2`, averaged over the items i: [B, K] each."""
+    return (x - y).square().sum(dim=1).mean()
+
+
 def decorrelation(h: Tensor) -> Tensor:
     """Mean squared off-diagonal entry of `h^T h / B`, plus the mean squared mean of a bit.
 

@@ -10,8 +10,8 @@ REQUIRED = object()  # the default of a key that must be given
 
 def key(help: str, default: Any = REQUIRED) -> Any:
     """A configuration key with its meaning, which `--help` prints."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -96,9 +96,17 @@ class OptimConfig:
     lr: float = key("learning rate", 1e-3)
     weight_decay: float = key("weight decay (decoupled for adamw)", 0.0)
     momentum: float = key("momentum of sgd", 0.0)
+    betas: list[float] = key("adam, adamw: decay of the two running means", [0.9, 0.999])
+    eps: float = key("adam, adamw: added to the root of the second mean", 1e-8)
     schedule: str = key("learning rate over the epochs: constant | cosine", "constant")
     warmup: float = key("share of the steps in which the rate rises from 0", 0.0)
+    lr_scale: dict[str, float] = key(
+        "factors of the learning rate for parts of the model, by the first words of their "
+        "parameters' names: optim.lr_scale.fusion=0.1; 0 leaves a part as it is",
+        {},
+    )
     clip: float = key("gradient norm is clipped to this; 0 is off", 0.0)
+    clip_per_tensor: bool = key("clip the gradient of each tensor, not of all together", False)
     averaging: float = key(
         "keeps the mean of the weights over all updates, the t-th counting t^averaging; 0 is off",
         0.0,

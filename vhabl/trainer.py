@@ -26,7 +26,7 @@ from vhabl.errors import Stopped, VhablError, brief, fail
 from vhabl.evaluator import batches_in_order, validation_score
 from vhabl.files import atomic_path, check_archive
 from vhabl.methods.base import HashingMethod
-from vhabl.optim import WeightMean, build_optimizer, set_rate
+from vhabl.optim import WeightMean, build_optimizer, clip_gradients, set_rate
 from vhabl.ranks import ALONE, Ranks
 from vhabl.scalars import ScalarLog
 from vhabl.stopping import StopRequests
@@ -150,7 +150,8 @@ class Trainer:
         # What is small against a device's memory stays there for the whole phase.
         small = self.train.bytes <= RESIDENT and not self._has_choices()
         self.resident = self.train.inputs().to(self.device) if small else None
-        self.optimizer = build_optimizer(self.method.param_groups(), config.optim)
+        named = self.method.named_parameters()
+        self.optimizer = build_optimizer(self.method.param_groups(), named, config.optim)
         eta = config.optim.averaging
         self.mean = WeightMean(self.method, eta) if eta else None
 
@@ -219,8 +220,7 @@ class Trainer:
             loss.backward()
             encoder = self.method.encoder
             encoder.ranks.sum_gradients(encoder.parameters())
-            if self.config.optim.clip:
-                torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip)
+            clip_gradients(self.method.parameters(), self.config.optim)
             self.optimizer.step()
             if self.mean is not None:
                 self.mean.update(self.method)

@@ -61,7 +61,8 @@ class Embeddings:
     image, text: [B, d_image] and [B, d_text], one vector an item
     patches: [B, P, d_image], one vector for each part of the picture
     words: [B, L, d_text], one vector for each token of the text, and word_mask [B, L]: True at
-    tokens, False at the end-of-text token and at padding
+    tokens, False at the end-of-text token and at padding. Of an encoder with `tokens` "hidden"
+    they are the last hidden states, [B, L, w], those of end-of-text tokens among them
     """
 
     image: Tensor | None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vhabl.codes import binarise
-from vhabl.encoders import Encoder
+from vhabl.encoders import Encoder, Tokens
 from vhabl.errors import fail
 from vhabl.layers import StandIn
 from vhabl.losses import TARGETS, doubling_lengths
@@ -27,7 +27,7 @@ class HashingMethod(nn.Module, ABC):
     title: ClassVar[str]  # as tables and code files write it
     task: ClassVar[Literal["fused", "cross"]]
     any_length: ClassVar[bool] = True  # up to K by a prefix, or only the lengths of training
-    tokens: ClassVar[bool] = False  # uses parts of pictures and single words, where there are any
+    tokens: ClassVar[Tokens] = ""  # parts of pictures and texts that it uses, where there are any
     Settings: ClassVar[type]  # frozen dataclass of the method's own keys, `model.*`
 
     #: codes are made with true labels, by `encode_oracle` and `relax_oracle`: methods/pghmh.py
@@ -56,11 +56,12 @@ class HashingMethod(nn.Module, ABC):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Weighted loss terms by name; the trainer sums and logs them."""
 
-    @abstractmethod
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Real-valued embeddings [B, d] of each view: `fused`, or `image` and `text`. Where the
-        method serves any length they are its relaxed codes, [B, K].
+        """Relaxed codes [B, K] of the longest length, of each view: `fused`, or `image` and `text`.
+
+        A method implements this, where shorter codes are prefixes of it, or `relax_lengths`.
         """
+        return self.relax_lengths(inputs, [self.bits])[self.bits]
 
     def embeddings(self, inputs: Inputs) -> Embeddings:
         """What the encoder makes of the inputs, a stand-in for a modality that is missing.
@@ -120,9 +121,7 @@ class HashingMethod(nn.Module, ABC):
         return None
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimiser: `lr` is a group's own rate, `lr_scale` multiplies
-        the recipe's.
-        """
+        """Parameter groups for the optimiser; `lr` is a group's own rate."""
         groups = self.encoder.param_groups()
         apart = {id(p) for group in groups for p in group["params"]}
         own = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]

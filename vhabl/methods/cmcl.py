@@ -16,26 +16,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vhabl import losses
 from vhabl.encoders import Encoder
 from vhabl.errors import fail
-from vhabl.layers import CodeMemory, LengthHeads, ResidualMLP
+from vhabl.layers import ClipBlock, CodeMemory, LengthHeads, ResidualMLP
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
 
 VIEWS = ("image", "text")
+HEAD_WIDTH = 64  # of the attention of concepts
 
 
 @dataclass(frozen=True)
 class Weights:
     inter: float = key("likelihood of the codes of one modality against those of the other", 5.0)
     intra: float = key("likelihood within a modality", 0.005)
-    quantisation: float = key("distance of relaxed codes from the signs of both modalities", 1.0)
-    reconstruction: float = key("distance of decoded codes from the auxiliary code", 0.001)
+    quantisation: float = key("squared distance from the signs of both modalities, per bit", 1.0)
+    reconstruction: float = key("squared distance of decoded codes from the auxiliary code", 0.001)
     contrast: float = key("InfoNCE of the two global features of an item", 5.0)
     concepts: float = key("InfoNCE of the concepts of an item's image and text", 1.0)
     auxiliary: float = key("factor of all that has to do with the auxiliary code", 20.0)
@@ -47,28 +47,30 @@ class CMCLSettings:
     blocks: int = key("residual blocks that both modalities share", 2)
     dropout: float = key("dropout in the residual blocks", 0.5)
     concepts: int = key("towers: learned concepts of the local branch; 0 has none", 64)
-    heads: int = key("towers: heads of the attention of concepts", 8)
     auxiliary: int = key("length of the auxiliary code", 128)
     temperature: float = key("temperature of InfoNCE", 0.07)
     weights: Weights = field(default_factory=Weights)
 
 
 class ConceptAttention(nn.Module):
-    """One Transformer layer in which concepts [M, D] attend to the parts of an item [B, P, D]."""
+    """Concepts [M, D] attend to the parts of an item [B, P, D], and then to each other in a CLIP
+    block.
+    """
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        heads = max(1, dim // HEAD_WIDTH)
+        self.norm_concepts, self.norm_parts = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.mlp = ResidualMLP(dim, dropout)
+        self.block = ClipBlock(dim, heads)
 
     def forward(self, concepts: Tensor, parts: Tensor, present: Tensor | None) -> Tensor:
         """[B, M, D]. present [B, P]: which parts there are; without it all."""
-        queries = concepts.expand(len(parts), -1, -1)
-        parts = self.norm(parts)
+        queries = self.norm_concepts(concepts).expand(len(parts), -1, -1)
+        parts = self.norm_parts(parts)
         absent = None if present is None else ~present
         found, _ = self.attention(queries, parts, parts, absent, need_weights=False)
-        attended: Tensor = self.mlp(queries + found)
+        attended: Tensor = self.block(found)
         return attended
 
 
@@ -76,38 +78,32 @@ class CMCL(HashingMethod):
     title = "CMCL"
     task = "cross"
     any_length = False
-    tokens = True
+    tokens = "joint"
     Settings = CMCLSettings
 
     def __init__(
         self, spec: DataSpec, bits: list[int], settings: CMCLSettings, encoder: Encoder
     ) -> None:
         super().__init__(spec, bits, settings, encoder)
-        self.local = encoder.gives_tokens and settings.concepts > 0
+        self.local = encoder.tokens != "" and settings.concepts > 0
         # Towers end in a joint space; features need a way into one.
-        dim = encoder.image_dim if encoder.gives_tokens else settings.dim
+        dim = encoder.image_dim if encoder.tokens else settings.dim
         widths = {"image": encoder.image_dim, "text": encoder.text_dim}
         self.project = nn.ModuleDict(
-            {view: nn.Linear(widths[view], dim) for view in VIEWS if not encoder.gives_tokens}
+            {view: nn.Linear(widths[view], dim) for view in VIEWS if not encoder.tokens}
         )
         self.shared = nn.Sequential(
             *(ResidualMLP(dim, settings.dropout) for _ in range(settings.blocks))
         )
         if self.local:
-            if dim % settings.heads:
-                fail("key model.heads", str(settings.heads), f"a divisor of the width {dim}")
-            self.concepts = nn.Parameter(torch.randn(settings.concepts, dim) / dim**0.5)
-            self.attend = nn.ModuleDict(
-                {v: ConceptAttention(dim, settings.heads, settings.dropout) for v in VIEWS}
-            )
+            self.concepts = nn.Parameter(torch.randn(settings.concepts, dim))
+            self.attend = nn.ModuleDict({v: ConceptAttention(dim) for v in VIEWS})
         self.heads = LengthHeads(dim, self.lengths, settings.auxiliary)
         self.memory = CodeMemory(VIEWS, self.heads.lengths, spec.train_items, spec.classes)
 
     @classmethod
     def check_settings(cls, settings: CMCLSettings) -> None:
-        for name, least in (
-            ("dim", 1), ("blocks", 0), ("auxiliary", 1), ("concepts", 0), ("heads", 1),
-        ):  # fmt: skip
+        for name, least in (("dim", 1), ("blocks", 0), ("auxiliary", 1), ("concepts", 0)):
             if getattr(settings, name) < least:
                 fail(f"key model.{name}", str(getattr(settings, name)), f"at least {least}")
         if not 0 <= settings.dropout < 1:
@@ -128,18 +124,16 @@ class CMCL(HashingMethod):
             if self.local:
                 present = found.word_mask if view == "text" else None
                 with self.encoder.arithmetic():
-                    local[view] = self.attend[view](self.concepts, parts[view], present)
+                    attended = self.attend[view](self.concepts, parts[view], present)
+                local[view] = attended.float()
         return whole, local
 
-    def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Features [B, D] of the modalities that there are: global and mean concept."""
-        return self._sum(*self.features(inputs))
-
-    def _sum(self, whole: dict[str, Tensor], local: dict[str, Tensor]) -> dict[str, Tensor]:
+    def hashed(self, whole: dict[str, Tensor], local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is hashed, [B, D]: global feature and mean concept."""
         return {v: x + local[v].mean(dim=1) if v in local else x for v, x in whole.items()}
 
     def relax_lengths(self, inputs: Inputs, lengths: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        features = self.embed(inputs)
+        features = self.hashed(*self.features(inputs))
         return {k: {view: self.heads(f, k) for view, f in features.items()} for k in lengths}
 
     def prepare(self, labels: Tensor) -> None:
@@ -151,7 +145,7 @@ class CMCL(HashingMethod):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         weight, index, memory = self.settings.weights, batch.index, self.memory
         whole, local = self.features(batch.inputs)
-        features = self._sum(whole, local)
+        features = self.hashed(whole, local)
         similar = memory.similar(batch.labels)
         contrast = losses.info_nce(whole["image"], whole["text"], self.settings.temperature)
         terms = {"contrast": weight.contrast * contrast}
@@ -172,12 +166,13 @@ class CMCL(HashingMethod):
                 parts = {
                     "inter": weight.inter * inter,
                     "intra": weight.intra * intra,
-                    "quantisation": weight.quantisation * F.mse_loss(h, memory.signs(k)[index]),
+                    "quantisation": weight.quantisation
+                    * losses.squared_error(h, memory.signs(k)[index])
+                    / k,
                 }
                 if k != longest:
-                    share = weight.auxiliary * weight.reconstruction
-                    rebuilt = self.heads.rebuild(h)
-                    parts["reconstruction"] = share * F.mse_loss(rebuilt, target)
+                    error = losses.squared_error(self.heads.rebuild(h), target)
+                    parts["reconstruction"] = weight.auxiliary * weight.reconstruction * error
                 for name, value in parts.items():
                     terms[name] = terms.get(name, 0) + factor * value
         return terms

@@ -7,10 +7,12 @@ too; `oracle_labels` does the same for comparison, through `encode_oracle`, and 
 it says so.
 
     names    one vector a class: its name in a few templates, read by the text tower, then learned
-    expected class probabilities from image and text; prompt = learned context + expected names
-    text     words, context and prompt go together through a Transformer; text feature =
-             projection(what it makes of the text * what it makes of the prompt)
-    fusion   image, text and prompt attend to each other; f = image + text after it
+    expected class probabilities from image and text
+    prompt   learned context and the expected name; with the text's words it goes through copies of
+             the text tower's last blocks. What they make of the text's end times what they make of
+             the prompt, projected, is the text feature; the prompt alone, projected, the prompt's
+    fusion   image, text and prompt attend to each other, and each keeps half of itself;
+             f = image + text after it
 
 Codes of every trained length come from f, with decoders to an auxiliary code, as in CMCL.
 """
@@ -28,10 +30,10 @@ from vhabl import losses
 from vhabl.codes import binarise
 from vhabl.encoders import Encoder
 from vhabl.errors import fail
-from vhabl.layers import CodeMemory, LengthHeads
+from vhabl.layers import ClipBlock, CodeMemory, LengthHeads, ResidualMLP, last_tokens
 from vhabl.methods.base import HashingMethod, stand_in
 from vhabl.settings import key
-from vhabl.types import Batch, DataSpec, Inputs
+from vhabl.types import Batch, DataSpec, Embeddings, Inputs
 
 TEMPLATES = ("An image showing {}.", "An image of {}.", "A photo of {}.", "There is {} here.")
 
@@ -40,8 +42,8 @@ TEMPLATES = ("An image showing {}.", "An image of {}.", "A photo of {}.", "There
 class Weights:
     likelihood: float = key("likelihood of codes against those of all training items", 5.005)
     alignment: float = key("InfoNCE of an item's fused feature and its prompt", 5.0)
-    contrast: float = key("InfoNCE of an item's image and text", 5.0)
-    reconstruction: float = key("distance of decoded codes from the auxiliary code", 0.005)
+    contrast: float = key("InfoNCE of an item's image and text after fusion", 5.0)
+    reconstruction: float = key("squared distance of decoded codes from the auxiliary code", 0.005)
     classes: float = key("prediction of the classes that the prompt names", 1.0)
     auxiliary: float = key("factor of all that has to do with the auxiliary code", 20.0)
 
@@ -49,10 +51,12 @@ class Weights:
 @dataclass(frozen=True)
 class PGHMHSettings:
     dim: int = key("features: width of image, text and prompt; towers have their own", 512)
-    context: int = key("learned vectors that stand before the prompt", 4)
-    layers: int = key("layers of the Transformer of words and prompt", 2)
-    heads: int = key("heads of attention", 8)
-    dropout: float = key("dropout in the Transformer layers", 0.1)
+    context: int = key("learned vectors that stand before the expected name", 4)
+    layers: int = key("blocks that words and prompt go through together", 2)
+    heads: int = key("heads of the fusion; features: of those blocks too", 8)
+    dropout: float = key("dropout in the fusion's Transformer layer", 0.1)
+    blocks: int = key("residual blocks between the fused feature and its alignment", 2)
+    block_dropout: float = key("dropout in these blocks", 0.5)
     truth: float = key("share of training items whose prompt names their true classes", 0.5)
     modality_dropout: float = key("share of the items that lose image or text in training", 0.1)
     auxiliary: int = key("length of the auxiliary code", 128)
@@ -84,7 +88,9 @@ class Fusion(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.response = ResponseNorm(dim)
-        self.layer = transformer_layer(dim, heads, dropout)
+        self.layer = nn.TransformerEncoderLayer(
+            dim, heads, 4 * dim, dropout, "gelu", batch_first=True, norm_first=True
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.norm(tokens)
@@ -93,45 +99,47 @@ class Fusion(nn.Module):
         return fused
 
 
-def transformer_layer(dim: int, heads: int, dropout: float) -> nn.TransformerEncoderLayer:
-    return nn.TransformerEncoderLayer(
-        dim, heads, 4 * dim, dropout, "gelu", batch_first=True, norm_first=True
-    )
-
-
 class PGHMH(HashingMethod):
     title = "PGHMH"
     task = "fused"
     any_length = False
-    tokens = True
+    tokens = "hidden"
     Settings = PGHMHSettings
 
     def __init__(
         self, spec: DataSpec, bits: list[int], settings: PGHMHSettings, encoder: Encoder
     ) -> None:
         super().__init__(spec, bits, settings, encoder)
-        dim = encoder.image_dim if encoder.gives_tokens else settings.dim
+        dim = encoder.image_dim if encoder.tokens else settings.dim
         if dim % settings.heads:
             fail("key model.heads", str(settings.heads), f"a divisor of the width {dim}")
         self.stand_in = stand_in(encoder, settings.modality_dropout)
         widths = {"image": encoder.image_dim, "text": encoder.text_dim}
         # Towers end in a joint space; features need a way into one.
         self.project = nn.ModuleDict(
-            {v: nn.Linear(w, dim) for v, w in widths.items() if not encoder.gives_tokens}
+            {v: nn.Linear(w, dim) for v, w in widths.items() if not encoder.tokens}
         )
         self.classifier = nn.Sequential(
             nn.LayerNorm(2 * dim), nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, spec.classes)
         )
-        self.names = nn.Parameter(self._read_names(spec, dim))
-        self.context = nn.Parameter(torch.randn(settings.context, dim) / dim**0.5)
-        self.kinds = nn.Parameter(torch.zeros(3, dim))  # marks what is text, context and prompt
-        self.reader = nn.ModuleList(
-            transformer_layer(dim, settings.heads, settings.dropout) for _ in range(settings.layers)
-        )
-        self.norm = nn.LayerNorm(dim)
-        self.text_projection = nn.Linear(dim, dim)
-        self.prompt_projection = nn.Linear(dim, dim)
+        if encoder.tokens:
+            blocks, self.norm, self.text_projection = encoder.copy_text_end(settings.layers)
+            self.reader = nn.ModuleList(blocks)
+            width = self.text_projection.in_features
+            self.no_text = nn.Parameter(torch.zeros(width))
+        else:
+            width = dim
+            self.reader = nn.ModuleList(
+                ClipBlock(dim, settings.heads) for _ in range(settings.layers)
+            )
+            self.norm, self.text_projection = nn.LayerNorm(dim), nn.Linear(dim, dim, bias=False)
+        self.names = nn.Parameter(self._read_names(spec, width))
+        # The last one belongs to the expected name.
+        self.context = nn.Parameter(torch.randn(settings.context + 1, width) / width**0.5)
         self.fusion = Fusion(dim, settings.heads, settings.dropout)
+        self.align = nn.Sequential(
+            *(ResidualMLP(dim, settings.block_dropout) for _ in range(settings.blocks))
+        )
         self.heads = LengthHeads(dim, self.lengths, settings.auxiliary)
         self.memory = CodeMemory(("fused",), self.heads.lengths, spec.train_items, spec.classes)
 
@@ -140,9 +148,10 @@ class PGHMH(HashingMethod):
         for name in ("dim", "layers", "heads", "auxiliary"):
             if getattr(settings, name) < 1:
                 fail(f"key model.{name}", str(getattr(settings, name)), "at least 1")
-        if settings.context < 0:
-            fail("key model.context", str(settings.context), "at least 0")
-        for name in ("dropout", "modality_dropout"):
+        for name in ("context", "blocks"):
+            if getattr(settings, name) < 0:
+                fail(f"key model.{name}", str(getattr(settings, name)), "at least 0")
+        for name in ("dropout", "block_dropout", "modality_dropout"):
             if not 0 <= getattr(settings, name) < 1:
                 fail(f"key model.{name}", str(getattr(settings, name)), "0 up to below 1")
         if not 0 <= settings.truth <= 1:
@@ -150,12 +159,12 @@ class PGHMH(HashingMethod):
         if settings.temperature <= 0:
             fail("key model.temperature", str(settings.temperature), "more than 0")
 
-    def _read_names(self, spec: DataSpec, dim: int) -> Tensor:
-        """A first vector for each class, [C, D] of length 1: its name in the templates as the text
+    def _read_names(self, spec: DataSpec, width: int) -> Tensor:
+        """A first vector for each class, [C, w] of length 1: its name in the templates as the text
         tower reads it; random ones where features stand for a tower.
         """
-        if not self.encoder.gives_tokens:
-            return F.normalize(torch.randn(spec.classes, dim), dim=1)
+        if not self.encoder.tokens:
+            return F.normalize(torch.randn(spec.classes, width), dim=1)
         if len(spec.class_names) != spec.classes:
             fail(
                 "key data.class_names",
@@ -171,10 +180,11 @@ class PGHMH(HashingMethod):
 
     # -- features ----------------------------------------------------------------------------------
 
-    def _features(
+    def features(
         self, inputs: Inputs, truth: Tensor | None = None, told: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Fused feature, prompt, image and text [B, D] each, and class logits [B, C].
+        """What is hashed, f [B, D]; image, text and prompt after fusion [B, D] each, and class
+        logits [B, C].
 
         truth: labels [B, C] that the prompt names in place of what is expected, for the items where
         told [B, 1] is True. Only `loss` and `encode_oracle` have them.
@@ -188,39 +198,46 @@ class PGHMH(HashingMethod):
         named = F.normalize(logits.sigmoid(), p=1, dim=1)  # (B, C)
         if truth is not None and told is not None:
             named = torch.where(told, F.normalize(truth, p=1, dim=1), named)
-        prompt = (named @ self.names).unsqueeze(1)  # (B, 1, D)
 
-        # Text, words, context and prompt, read together: (B, 1 + L + M + 1, D).
-        parts = [text.unsqueeze(1) + self.kinds[0]]
-        present = [torch.ones(len(text), 1, dtype=torch.bool, device=text.device)]
-        if found.words is not None and found.word_mask is not None:
-            parts.append(found.words + self.kinds[0])
-            present.append(found.word_mask)
-        parts += [(self.context + self.kinds[1]).expand(len(text), -1, -1), prompt + self.kinds[2]]
-        rest = self.settings.context + 1
-        present.append(present[0].expand(-1, rest))
-        x, absent = torch.cat(parts, dim=1), ~torch.cat(present, dim=1)
+        # Words, context and expected name, read together: (B, L + M + 1, w).
+        words, present = self._words(found, text)
+        prompt = self.context.expand(len(text), -1, -1).clone()
+        prompt[:, -1] += named @ self.names
+        x = torch.cat([words, prompt], dim=1)
+        absent = F.pad(~present, (0, prompt.shape[1]))
         with self.encoder.arithmetic():
-            for layer in self.reader:
-                x = layer(x, src_key_padding_mask=absent)
-        x = self.norm(x)
-        text = text + self.text_projection(x[:, 0] * x[:, -1])
-        guide = self.prompt_projection(x[:, -1])
+            for block in self.reader:
+                x = block(x, absent)
+        x = self.norm(x.float())
+        end, guide = last_tokens(x, present), x[:, -1]
+        text, guide = self.text_projection(end * guide), self.text_projection(guide)
 
-        fused = self.fusion(torch.stack([image, text, guide], dim=1))
+        before = torch.stack([image, text, guide], dim=1)  # (B, 3, D)
+        image, text, guide = (0.5 * before + 0.5 * self.fusion(before)).unbind(dim=1)
         return {
-            "fused": fused[:, 0] + fused[:, 1],
+            "fused": image + text,
             "prompt": guide,
             "image": image,
             "text": text,
             "logits": logits,
         }
 
-    def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        return {"fused": self._features(inputs)["fused"]}
+    def _words(self, found: Embeddings, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The words of the texts [B, L, w], and which there are, [B, L]. Where there is no text it
+        is one learned word; a ready-made feature is one too.
+        """
+        one = torch.ones_like(text[:, :1], dtype=torch.bool)
+        if self.project:
+            return text[:, None], one
+        if found.words is None or found.word_mask is None:
+            return self.no_text.expand(len(text), 1, -1), one
+        missing = ~found.word_mask.any(dim=1, keepdim=True)
+        first = F.pad(missing, (0, found.word_mask.shape[1] - 1))  # (B, L)
+        words = torch.where(first[:, :, None], self.no_text, found.words)
+        return words, found.word_mask | first
 
     def relax_lengths(self, inputs: Inputs, lengths: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        fused = self.embed(inputs)["fused"]
+        fused = self.features(inputs)["fused"]
         return {k: {"fused": self.heads(fused, k)} for k in lengths}
 
     def relax_oracle(
@@ -230,7 +247,7 @@ class PGHMH(HashingMethod):
         for bits in lengths:
             self.check_length(bits)
         told = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
-        fused = self._features(inputs, labels, told)["fused"]
+        fused = self.features(inputs, labels, told)["fused"]
         return {k: {"fused": self.heads(fused, k)} for k in lengths}
 
     def encode_oracle(
@@ -254,9 +271,9 @@ class PGHMH(HashingMethod):
         weight, index, memory, y = self.settings.weights, batch.index, self.memory, batch.labels
         share = 1.0 if self.oracle_labels else self.settings.truth
         told = torch.rand(len(y), 1, device=y.device) < share
-        found = self._features(batch.inputs, y, told)
+        found = self.features(batch.inputs, y, told)
         temperature = self.settings.temperature
-        alignment = losses.info_nce(found["fused"], found["prompt"], temperature)
+        alignment = losses.info_nce(self.align(found["fused"]), found["prompt"], temperature)
         contrast = losses.info_nce(found["image"], found["text"], temperature)
         classes = F.binary_cross_entropy_with_logits(found["logits"], y)
         terms = {
@@ -274,7 +291,7 @@ class PGHMH(HashingMethod):
             likelihood = losses.likelihood(memory.codes("fused", k), h, similar)
             parts = {"likelihood": factor * weight.likelihood * likelihood}
             if k != longest:
-                error = F.mse_loss(self.heads.rebuild(h), target)
+                error = losses.squared_error(self.heads.rebuild(h), target)
                 parts["reconstruction"] = weight.auxiliary * weight.reconstruction * error
             for name, value in parts.items():
                 terms[name] = terms.get(name, 0) + value
