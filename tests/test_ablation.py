@@ -17,7 +17,7 @@ def test_every_part_is_switched_off_once(feature_file: Path) -> None:
     found = variants(small_config(feature_file, "vh_abl", "model.weights.bce=0"))
     assert found["whole"] == []
     assert found["without similarity"] == ["model.weights.similarity=0"]
-    assert found["model.net.prototypes=false"] == ["model.net.prototypes=false"]
+    assert found["model.net.fusion_norm=false"] == ["model.net.fusion_norm=false"]
     assert "without bce" not in found  # it is off
     assert 'model.net.activation="tanh"' in found  # the recipe has another one
     assert all(len(changes) == 1 for name, changes in found.items() if name != "whole")

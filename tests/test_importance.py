@@ -152,7 +152,11 @@ def test_models_trained_alone_have_the_length_they_stand_for(
 @pytest.mark.parametrize(
     ("recipe", "override", "message"),
     [
-        ("cmcl", "seed=0", "key method: found cmcl; expected a method with codes of pairs"),
+        (
+            "cmcl",
+            "seed=0",
+            "key method: found cmcl; expected a method of pairs whose shorter codes are prefixes",
+        ),
         ("nested_mlp", "bits=[4,7]", r"key bits: found \[4, 7\]; expected a length of at least 8"),
     ],
 )

@@ -104,15 +104,6 @@ def loop_nested_classification(h: Rows, weight: Rows, bias: list[float], y: Rows
     return mean(values)
 
 
-def loop_class_attention(attentions: list[Rows], y: Rows) -> float:
-    total = 0.0
-    for view in attentions:
-        for row, own in zip(view, y, strict=True):
-            parts = [-row[c] for c in range(len(own)) if own[c]]
-            total += mean(parts) / len(y) if parts else 0.0
-    return total
-
-
 def loop_multi_similarity(
     h: Rows, y: Rows, t: float = 0.5, margin: float = 0.1, a: float = 2.0, b: float = 40.0
 ) -> float:
@@ -195,11 +186,6 @@ def loop_info_nce(x: Rows, y: Rows, temperature: float) -> float:
     return mean(values)
 
 
-def log_attentions(case: Case) -> list[Tensor]:
-    """Of two views that differ, to the classes."""
-    return [torch.log_softmax(view @ case.weight.T, dim=1) for view in (case.h, case.w)]
-
-
 LOSSES: dict[str, Callable[[Case], Tensor]] = {
     "similarity": lambda c: losses.similarity(c.h, losses.sigmoid_target(c.y)),
     "weighted_similarity": lambda c: losses.weighted_similarity(
@@ -211,7 +197,6 @@ LOSSES: dict[str, Callable[[Case], Tensor]] = {
     "nested_classification": lambda c: losses.nested_classification(
         c.h, c.weight, c.bias, c.y, LENGTHS
     ),
-    "class_attention": lambda c: losses.class_attention(log_attentions(c), c.y),
     "multi_similarity": lambda c: losses.multi_similarity(c.h, c.y),
     "classification": lambda c: losses.classification(c.h @ c.weight.T + c.bias, c.y),
     "centre_contrast": lambda c: losses.centre_contrast(c.h, c.centres, c.y),
@@ -236,9 +221,6 @@ def loop(name: str, case: Case) -> float:
         ),
         "nested_similarity": lambda: loop_nested_similarity(h, loop_target(y, "cosine")),
         "nested_classification": lambda: loop_nested_classification(h, weight, bias, y),
-        "class_attention": lambda: loop_class_attention(
-            [view.tolist() for view in log_attentions(case)], y
-        ),
         "multi_similarity": lambda: loop_multi_similarity(h, y),
         "classification": lambda: loop_classification(logits, y),
         "centre_contrast": lambda: loop_centre_contrast(h, centres, y),
@@ -412,7 +394,6 @@ NOTHING_DEFINED = {
     [("multi_similarity", batch) for batch in NOTHING_DEFINED]
     + [
         ("nested_classification", "no label at all"),
-        ("class_attention", "no label at all"),
         ("centre_contrast", "no label at all"),
         ("centre_contrast", "all of all classes"),
     ],
@@ -456,11 +437,6 @@ def test_one_class_has_nothing_to_separate() -> None:
     value = losses.centre_separation(centre)
     (gradient,) = torch.autograd.grad(value, centre)
     assert value == 0 and (gradient == 0).all()
-
-
-def test_without_any_attention_there_is_nothing_to_learn() -> None:
-    value = losses.class_attention([], make_case(LABELS).y)
-    assert value.shape == () and value == 0
 
 
 def test_an_item_without_a_label_does_not_change_the_contrast() -> None:

@@ -146,26 +146,25 @@ def fused_net(members: int, bits: int) -> FusedHashNet:
 
 def test_members_take_the_bits_in_turn() -> None:
     net, inputs = fused_net(3, 8), Inputs(torch.randn(5, 12), torch.randn(5, 9))
-    h, attentions = net(inputs)
-    assert [len(a) for a in attentions] == [2, 2, 2]
+    h = net(inputs)
     assert [b.tolist() for b in net.member_bits()] == [[0, 3, 6], [1, 4, 7], [2, 5]]
     for member, bits in zip(net.members, net.member_bits(), strict=True):
-        assert torch.equal(h[:, bits], member(inputs)[0])
+        assert torch.equal(h[:, bits], member(inputs))
     assert len(fused_net(5, 3).members) == 3  # no member without a bit
 
 
 def test_members_keep_their_bits_when_the_code_is_reordered() -> None:
     net, inputs = fused_net(3, 8), Inputs(torch.randn(5, 12), torch.randn(5, 9))
-    before, _ = net(inputs)
+    before = net(inputs)
     for _ in range(2):
         order = torch.randperm(8)
         net.reorder(order)
-        after, _ = net(inputs)
+        after = net(inputs)
         assert torch.equal(after, before[:, order])
         before = after
         for member, bits in zip(net.members, net.member_bits(), strict=True):
             assert bits.tolist() == sorted(bits.tolist())
-            own = member(inputs)[0]
+            own = member(inputs)
             assert torch.equal(after[:, bits].sort(dim=1).values, own.sort(dim=1).values)
 
 
@@ -189,35 +188,36 @@ def test_a_member_learns_from_its_own_bits_alone(feature_file: Path) -> None:
     assert torch.allclose(found[0], found[1], atol=1e-7)
 
 
-def test_prototype_attention_looks_at_the_feature() -> None:
-    """With one key, as in the release, the softmax is 1 and the query has no effect."""
+def test_prototype_attention_by_its_formula() -> None:
+    """Two heads of width 4, item by item: an item's feature asks, prototypes answer."""
     torch.manual_seed(0)
-    attention = PrototypeAttention(8, 5, 2)
-    with torch.no_grad():
-        attention.merge.weight.copy_(torch.eye(8, 16).roll(8, dims=1))  # the context alone
-    x = 3 * torch.randn(2, 8)
-    out, weights = attention(x)
-    assert weights.shape == (2, 5)
-    assert torch.allclose(weights.exp().sum(dim=1), torch.ones(2), atol=1e-5)
-    assert out.shape == (2, 8)
-    assert not torch.allclose(out[0], out[1], atol=1e-3)
-    single = PrototypeAttention(8, 1, 2)
-    with torch.no_grad():
-        single.merge.weight.copy_(torch.eye(8, 16).roll(8, dims=1))
-    out, _ = single(x)
-    assert torch.allclose(out[0], out[1], atol=1e-6)
+    attention, x = PrototypeAttention(8, 5, 2).eval(), 3 * torch.randn(3, 8)
+    q, k = attention.query(x), attention.key(attention.prototypes)
+    v = attention.value(attention.prototypes)
+    found = attention(x)
+    for i in range(3):
+        parts = []
+        for head in (slice(0, 4), slice(4, 8)):
+            scores = torch.stack([q[i, head] @ k[c, head] / 2 for c in range(5)])
+            weights = scores.exp() / scores.exp().sum()
+            parts.append(sum(weights[c] * v[c, head] for c in range(5)))
+        dense, norm, _ = attention.dense
+        y = dense(torch.cat(parts)) / (1 + norm.eps) ** 0.5  # running mean 0, variance 1
+        assert torch.allclose(found[i], y.clamp(min=0), atol=1e-5)
 
 
-def test_prototype_attention_starts_as_the_identity() -> None:
-    x = torch.randn(4, 8)
-    assert torch.allclose(PrototypeAttention(8, 5, 2)(x)[0], x, atol=1e-6)
-
-
-def test_items_do_not_meet_in_prototype_attention() -> None:
-    attention = PrototypeAttention(8, 5, 2)
-    torch.nn.init.normal_(attention.merge.weight)
-    x = torch.randn(6, 8)
-    assert torch.allclose(attention(x)[0][2:3], attention(x[2:3])[0], atol=1e-5)
+def test_modalities_share_what_merges_attention_into_their_features() -> None:
+    torch.manual_seed(0)
+    settings = FusedNetSettings(dim=8, image_hidden=8, text_hidden=8, prototypes=True)
+    (member,) = FusedHashNet(12, 9, 4, 8, settings).eval().members
+    seen: list[torch.Tensor] = []
+    member.merge.register_forward_hook(lambda _, given, out: seen.append(given[0]))
+    inputs = Inputs(torch.randn(5, 12), torch.randn(5, 9))
+    member(inputs)
+    for x, attend, given in zip(
+        (member.image(inputs.image), member.text(inputs.text)), member.attention, seen, strict=True
+    ):
+        assert torch.allclose(given, torch.cat([x, attend(x)], dim=1))
 
 
 def test_dropout_keeps_the_mean_and_is_off_in_evaluation() -> None:
@@ -320,10 +320,10 @@ def test_a_member_takes_the_parts_of_its_own_bits(feature_file: Path, name: str)
     with torch.no_grad():
         if isinstance(method, HIAMH):
             torch.nn.init.normal_(method.theta)
-        h, attentions = method.net(method.encoder(batch.inputs))
+        h = method.net(method.encoder(batch.inputs))
         bits = method.net.member_bits()[1]
         target, y = TARGETS[config.model.target](batch.labels), batch.labels
-        found = method.member_loss(h, bits, attentions[1], y, target)
+        found = method.member_loss(h, bits, y, target)
         if isinstance(method, HIAMH):
             w = method.bit_weights()[bits]
             expected = weighted_similarity(h[:, bits], w / w.mean(), target)
@@ -341,27 +341,6 @@ def test_the_plain_network_has_a_term_for_every_doubled_prefix(feature_file: Pat
     h, target = method.embed(batch.inputs)["fused"], TARGETS[config.model.target](batch.labels)
     parts = [similarity(h[:, :m], target) for m in (4, 8, 16)]
     assert torch.allclose(method.loss(batch)["nested"], torch.stack(parts).mean())
-
-
-def test_attention_is_scaled_by_the_width_of_a_head() -> None:
-    torch.manual_seed(0)
-    attention = PrototypeAttention(8, 5, 2)
-    x = torch.randn(3, 8)
-    _, found = attention(x)
-    q, k = attention.query(x), attention.key(attention.prototypes)
-    heads = [q[:, i : i + 4] @ k[:, i : i + 4].T / 4**0.5 for i in (0, 4)]
-    expected = torch.stack([scores.softmax(dim=1) for scores in heads]).mean(dim=0)
-    assert torch.allclose(found.exp(), expected, atol=1e-6)
-
-
-def test_what_prototypes_add_is_dropped_in_training_alone() -> None:
-    torch.manual_seed(0)
-    attention, x = PrototypeAttention(8, 5, 2, dropout=0.5), torch.randn(50, 8)
-    with torch.no_grad():
-        attention.merge.weight.copy_(torch.eye(8, 16).roll(8, dims=1))  # the context alone
-    dropped = (attention(x)[0] == 0).float().mean()
-    assert dropped == pytest.approx(0.5, abs=0.1)
-    assert (attention.eval()(x)[0] != 0).all()
 
 
 def test_the_image_enters_the_joint_branch_with_its_weight() -> None:

@@ -36,7 +36,7 @@ from vhabl.evaluator import NOT_BINARY
 from vhabl.ranks import ALONE, GlobalBatchNorm, Ranks
 from vhabl.trainer import Trainer
 
-STILL = ["model.net.dropout=0", "model.net.context_dropout=0", "model.net.modality_dropout=0"]
+STILL = ["model.net.dropout=0", "model.net.modality_dropout=0"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 128])

@@ -36,6 +36,7 @@ WHOLE = "whole"
 SWITCHES = {
     "model.net.members": 1,
     "model.net.prototypes": False,
+    "model.net.fusion_norm": False,
     "model.net.joint_hidden": 0,
     "model.net.dropout": 0.0,
     "model.net.activation": "tanh",

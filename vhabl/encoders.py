@@ -297,8 +297,8 @@ class ClipEncoder(PixelEncoder):
     """Both towers of a CLIP: pixels and token ids to vectors of one joint space.
 
     A tower is a start (patches or a stem; token embeddings), blocks, and an end (norm, pooling,
-    projection). `tune` says how much of it is trained: nothing, the last N blocks and the end, or
-    all. What comes before is frozen: it is in evaluation mode always, and it runs without
+    projection). `tune` says how much of it is trained: nothing, the last N blocks and (`tune_ends`)
+    the end, or all. What comes before is frozen: it is in evaluation mode always, and it runs without
     gradients, so that its outputs can be kept (`frozen`). Patches and words are projected as the
     pooled vectors are.
 
@@ -338,7 +338,9 @@ class ClipEncoder(PixelEncoder):
         ends = [visual.attnpool] if _is_resnet(visual) else [visual.ln_post, visual.proj]
         ends += [self.clip.ln_final, self.clip.text_projection]
         self.clip.requires_grad_(everything)
-        for part in [*self.live["image"], *self.live["text"], *(ends if self.tuned else [])]:
+        if not (self.tuned and config.tune_ends):
+            ends = []
+        for part in [*self.live["image"], *self.live["text"], *ends]:
             part.requires_grad_(True)
         self.clip.logit_scale.requires_grad_(False)  # no loss here has it
         self.train()

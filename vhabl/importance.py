@@ -221,9 +221,10 @@ def main(arguments: list[str]) -> int:
     folder = (Path(config.out) if config.out else config.run_folder.parent) / "importance"
     scratch = folder / "state"
     config = override(config, [f"out={scratch}", "codes=none", f"save_every={config.epochs + 1}"])
-    if methods.get(config.method).task != "fused":
+    kind = methods.get(config.method)
+    if kind.task != "fused" or not kind.any_length:
         errors.fail(
-            "key method", config.method, "a method with codes of pairs: it ranks their bits"
+            "key method", config.method, "a method of pairs whose shorter codes are prefixes"
         )
     if max(config.bits) < PREFIXES[0]:
         errors.fail("key bits", str(config.bits), f"a length of at least {PREFIXES[0]}")

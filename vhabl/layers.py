@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -108,41 +107,29 @@ def last_tokens(x: Tensor, present: Tensor) -> Tensor:
 
 
 class PrototypeAttention(nn.Module):
-    """Refine a modality feature by attention over learned class prototypes: [B, D] -> [B, D].
+    """Attention of a modality feature to learned class prototypes: [B, D] -> [B, D].
 
     The C prototypes are keys and values, the feature is the query, so class semantics enter without
-    any label. Residual by concatenation, then Linear(2D -> D), as in VH-ABL.
+    any label. A dense layer, BatchNorm and ReLU follow, as in the release of VH-ABL.
     """
 
-    def __init__(self, dim: int, classes: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, classes: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = Dropout(dropout)
-        self.prototypes = nn.Parameter(torch.randn(classes, dim) / dim**0.5)
+        self.prototypes = nn.Parameter(torch.randn(classes, dim))
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
-        self.merge = nn.Linear(2 * dim, dim)
-        # At first the feature passes unchanged; what the prototypes add is learned from there.
-        with torch.no_grad():
-            self.merge.weight.copy_(torch.eye(dim, 2 * dim))
-            self.merge.bias.zero_()
+        self.dense = nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU())
 
-    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """The refined feature [B, D], and the log attention to each class, [B, C]: the mean over
-        heads, which a loss can hold to the labels.
-        """
-
+    def forward(self, feature: Tensor) -> Tensor:
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (heads, items, D / heads)
 
         q, k = split(self.query(feature)), split(self.key(self.prototypes))
-        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5  # (heads, B, C)
-        context = scores.softmax(dim=-1) @ split(self.value(self.prototypes))
-        # Attention is surer on training items than on others: dropout keeps the rest of the
-        # network from leaning on it.
-        context = self.dropout(context.transpose(0, 1).flatten(1))  # (B, D)
-        attention = torch.logsumexp(scores.log_softmax(dim=-1), dim=0) - math.log(self.heads)
-        return self.merge(torch.cat([feature, context], dim=1)), attention
+        weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(dim=-1)  # (heads, B, C)
+        context = weights @ split(self.value(self.prototypes))  # (heads, B, D / heads)
+        refined: Tensor = self.dense(context.transpose(0, 1).flatten(1))
+        return refined
 
 
 class StandIn(nn.Module):
@@ -264,11 +251,11 @@ class FusedNetSettings:
     text_hidden: int = key("width of the text branch's hidden layer", 1024)
     joint_hidden: int = key("hidden width of a branch that sees both modalities; 0 has none", 0)
     joint_image: float = key("weight of the image's features where both enter that branch", 0.5)
-    heads: int = key("heads of the attention over class prototypes", 4)
+    heads: int = key("heads of the attention to class prototypes", 4)
     dropout: float = key("dropout in the modality branches", 0.01)
     activation: str = key("activation of the branches: tanh (as released) | relu", "tanh")
-    prototypes: bool = key("attend over learned class prototypes", True)
-    context_dropout: float = key("dropout of what the prototypes add to a feature", 0.5)
+    prototypes: bool = key("modalities attend to learned class prototypes (as published)", False)
+    fusion_norm: bool = key("BatchNorm and dropout after the fusion's hidden layers (ours)", True)
     modality_dropout: float = key(
         "share of the items that lose image or text in training, so that codes of one modality "
         "alone are learned; 0 refuses such items",
@@ -279,7 +266,7 @@ class FusedNetSettings:
         """Raise VhablError where a value cannot be used."""
         if self.activation not in ACTIVATIONS:
             fail("key model.net.activation", repr(self.activation), " or ".join(ACTIVATIONS))
-        for name in ("dropout", "context_dropout", "modality_dropout"):
+        for name in ("dropout", "modality_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 fail(f"key model.net.{name}", str(getattr(self, name)), "0 up to below 1")
         for name in ("members", "dim", "image_hidden", "text_hidden"):
@@ -294,9 +281,10 @@ class FusedNetSettings:
 class FusedMember(nn.Module):
     """Image and text to relaxed codes [B, K] in [-1, 1].
 
-    Modality MLPs [d -> d -> hidden -> D], attention over class prototypes, and (ours) a branch
-    [d_image + d_text -> joint -> D] in which the modalities meet early; then concat -> D -> D
-    (BatchNorm, ReLU, Dropout: ours), Linear(D -> K), BatchNorm, Tanh, Linear(K -> D), ReLU,
+    Modality MLPs [d -> d -> hidden -> D]; as published each modality attends to class prototypes
+    and a Linear(2D -> D) that both share merges feature and result; (ours) a branch [d_image +
+    d_text -> joint -> D] in which the modalities meet early. Then concat -> D -> D, with ReLU after
+    each (and BatchNorm and Dropout: ours), Linear(D -> K), BatchNorm, Tanh, Linear(K -> D), ReLU,
     Linear(D -> K), Tanh.
     """
 
@@ -313,46 +301,43 @@ class FusedMember(nn.Module):
 
         self.image = branch(image_dim, settings.image_hidden)
         self.text = branch(text_dim, settings.text_hidden)
-        self.attention = nn.ModuleList(
-            PrototypeAttention(dim, classes, settings.heads, settings.context_dropout)
-            for _ in range(2 if settings.prototypes else 0)
-        )
+        if settings.prototypes:
+            self.attention = nn.ModuleList(
+                PrototypeAttention(dim, classes, settings.heads) for _ in range(2)
+            )
+            self.merge = nn.Linear(2 * dim, dim)
         parts = 2
         if settings.joint_hidden:
             widths = (image_dim + text_dim, settings.joint_hidden, dim)
             self.joint = FeatureMLP(widths, settings.dropout, settings.activation)
             parts = 3
+
+        def hidden(width: int) -> list[nn.Module]:
+            layer = nn.Linear(width, dim)
+            if not settings.fusion_norm:
+                return [layer, nn.ReLU()]
+            return [layer, nn.BatchNorm1d(dim), nn.ReLU(), Dropout(settings.dropout)]
+
         self.fusion = nn.Sequential(
-            nn.Linear(parts * dim, dim),
-            nn.BatchNorm1d(dim),
-            nn.ReLU(),
-            Dropout(settings.dropout),
-            nn.Linear(dim, dim),
-            nn.BatchNorm1d(dim),
-            nn.ReLU(),
-            Dropout(settings.dropout),
-            nn.Linear(dim, bits),
-            nn.BatchNorm1d(bits),
-            nn.Tanh(),
-            nn.Linear(bits, dim),
-            nn.ReLU(),
-        )
+            *hidden(parts * dim), *hidden(dim),
+            nn.Linear(dim, bits), nn.BatchNorm1d(bits), nn.Tanh(),
+            nn.Linear(bits, dim), nn.ReLU(),
+        )  # fmt: skip
         self.hash = nn.Linear(dim, bits)
 
-    def forward(self, inputs: Embeddings) -> tuple[Tensor, list[Tensor]]:
-        """Relaxed codes [B, K], and each modality's log attention to the classes, [B, C]."""
+    def forward(self, inputs: Embeddings) -> Tensor:
         image, text = inputs.image, inputs.text
         assert image is not None and text is not None
         features = [self.image(image), self.text(text)]  # (B, D) each
-        attentions: list[Tensor] = []
-        for view, attend in enumerate(self.attention):
-            features[view], attention = attend(features[view])
-            attentions.append(attention)
+        if self.settings.prototypes:
+            features = [
+                self.merge(torch.cat([x, attend(x)], dim=1))
+                for x, attend in zip(features, self.attention, strict=True)
+            ]
         if self.settings.joint_hidden:
             together = torch.cat([self.settings.joint_image * image, text], dim=1)
             features.append(self.joint(together))
-        fused = self.fusion(torch.cat(features, dim=1))
-        return torch.tanh(self.hash(fused)), attentions
+        return torch.tanh(self.hash(self.fusion(torch.cat(features, dim=1))))
 
 
 class FusedHashNet(nn.Module):
@@ -378,11 +363,9 @@ class FusedHashNet(nn.Module):
         turns = torch.cat([torch.arange(first, bits, count) for first in range(count)])
         self.register_buffer("order", turns.argsort())
 
-    def forward(self, inputs: Embeddings) -> tuple[Tensor, list[list[Tensor]]]:
-        """Relaxed codes [B, K], and each member's log attention to the classes, [B, C] a view."""
-        results = [member(inputs) for member in self.members]
-        h = torch.cat([h for h, _ in results], dim=1)
-        return h[:, self.order], [attentions for _, attentions in results]
+    def forward(self, inputs: Embeddings) -> Tensor:
+        h = torch.cat([member(inputs) for member in self.members], dim=1)
+        return h[:, self.order]
 
     def member_bits(self) -> list[Tensor]:
         """The bits of a code that each member gives, first to last."""

@@ -92,16 +92,6 @@ def doubling_lengths(shortest: int, bits: int) -> list[int]:
     return [*lengths, bits]
 
 
-def class_attention(attentions: Sequence[Tensor], y: Tensor) -> Tensor:
-    """Cross-entropy of attention over class prototypes against the label set, summed over views.
-
-    attentions: log attention to each class, [B, C] each. This is what makes prototype c stand for
-    class c. An item without a label adds nothing; without any attention the loss is 0.
-    """
-    shares = y / y.sum(dim=1, keepdim=True).clamp(min=1)
-    return -sum(((a * shares).sum(dim=1).mean() for a in attentions), y.new_zeros(()))
-
-
 _ANCHORS = 256  # rows of the similarity matrix at a time: they stay in a CPU's cache
 _FAR = 1e4  # beyond every cosine and margin
 

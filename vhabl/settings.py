@@ -72,6 +72,9 @@ class EncoderConfig:
         "the network)",
         "frozen",
     )
+    tune_ends: bool = key(
+        "clip: with the last N blocks, tune the norms and projections after them too", True
+    )
     lr: float = key("clip, cnn: learning rate of what is tuned there; 0 is optim.lr", 1e-6)
     words: int = key("clip: tokens of a caption that are read, its two ends included", 32)
     resize: int = key("clip, cnn: side to which images are resized; 0 is the network's own", 0)

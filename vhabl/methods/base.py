@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -150,6 +150,17 @@ def check_nesting(target: str, shortest: int) -> None:
         fail("key model.shortest", str(shortest), "a code length of at least 1")
 
 
+def check_centres(centres: str) -> None:
+    """Check the setting of the methods that have class centres."""
+    if centres not in ("raw", "tanh"):
+        fail("key model.centres", repr(centres), "raw or tanh")
+
+
+def class_centres(classes: int, bits: int, kind: str) -> nn.Parameter:
+    """First class centres [C, K]: from N(0, 1), or from N(0, 1/K) where tanh bounds them."""
+    return nn.Parameter(torch.randn(classes, bits) / (bits**0.5 if kind == "tanh" else 1))
+
+
 def member_prefixes(shortest: int, bits: int, share: int) -> list[int]:
     """Prefix lengths of a member that gives `share` of a code's `bits`: its part of each prefix.
 
@@ -157,6 +168,13 @@ def member_prefixes(shortest: int, bits: int, share: int) -> list[int]:
     [2, 4, 8, 16, 32]
     """
     return doubling_lengths(max(1, shortest * share // bits), share)
+
+
+def weighted(weights: Any, terms: dict[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """Each term times the weight of its name; a term without weight is not computed."""
+    return {
+        name: weight * term() for name, term in terms.items() if (weight := getattr(weights, name))
+    }
 
 
 def mean_terms(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,10 +18,13 @@ from vhabl.encoders import Encoder
 from vhabl.layers import FusedHashNet, FusedNetSettings
 from vhabl.methods.base import (
     HashingMethod,
+    check_centres,
     check_nesting,
+    class_centres,
     mean_terms,
     member_prefixes,
     stand_in,
+    weighted,
 )
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
@@ -33,7 +36,6 @@ class Weights:
     nested: float = key("the labels' similarity on prefixes", 1.0)
     contrast: float = key("contrast of prefixes against the class centres", 1.0)
     centre: float = key("separation of the class centres", 0.01)
-    attention: float = key("attention of each modality to the classes that an item has", 0.1)
     multi_similarity: float = key("multi-similarity loss on mined pairs", 0.01)
     decorrelation: float = key("decorrelated and balanced bits", 0.1)
 
@@ -42,6 +44,7 @@ class Weights:
 class HIAMHSettings:
     net: FusedNetSettings = FusedNetSettings()
     target: str = key("similarity of label sets: sigmoid (as released) | cosine", "cosine")
+    centres: str = key("class centres: raw (as published) | tanh (bounded as codes are)", "tanh")
     shortest: int = key("shortest prefix with a loss of its own; the next ones double", 8)
     weights: Weights = Weights()
 
@@ -59,17 +62,18 @@ class HIAMH(HashingMethod):
         self.net = FusedHashNet(encoder.image_dim, encoder.text_dim, spec.classes, k, settings.net)
         self.stand_in = stand_in(encoder, settings.net.modality_dropout)
         self.theta = nn.Parameter(0.25 + torch.randn(k) / k)  # as the release starts its weights
-        self.centres = nn.Parameter(torch.randn(spec.classes, k) / k**0.5)
-        self.bias = nn.Parameter(torch.zeros(spec.classes))
+        self.centres = class_centres(spec.classes, k, settings.centres)
+        if settings.weights.contrast:
+            self.bias = nn.Parameter(torch.zeros(spec.classes))
 
     @classmethod
     def check_settings(cls, settings: HIAMHSettings) -> None:
         check_nesting(settings.target, settings.shortest)
+        check_centres(settings.centres)
         settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        h, _ = self.net(self.embeddings(inputs))
-        return {"fused": h}
+        return {"fused": self.net(self.embeddings(inputs))}
 
     def bit_weights(self) -> Tensor:
         """Weight of each bit: positive, falling, mean 1: [K].
@@ -85,25 +89,27 @@ class HIAMH(HashingMethod):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y = batch.labels
         target = losses.TARGETS[self.settings.target](y)
-        h, attentions = self.net(self.embeddings(batch.inputs))
-        members = zip(self.net.member_bits(), attentions, strict=True)
-        return mean_terms([self.member_loss(h, bits, a, y, target) for bits, a in members])
+        h = self.net(self.embeddings(batch.inputs))
+        members = self.net.member_bits()
+        return mean_terms([self.member_loss(h, bits, y, target) for bits in members])
 
-    def member_loss(
-        self, h: Tensor, bits: Tensor, attentions: list[Tensor], y: Tensor, target: Tensor
-    ) -> dict[str, Tensor]:
+    def member_loss(self, h: Tensor, bits: Tensor, y: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The terms of one member of the network, which gives these bits."""
-        weight = self.settings.weights
-        h, centres, w = h[:, bits], torch.tanh(self.centres[:, bits]), self.bit_weights()[bits]
+        h, centres, w = h[:, bits], self.centres[:, bits], self.bit_weights()[bits]
+        if self.settings.centres == "tanh":
+            centres = torch.tanh(centres)
         prefixes = member_prefixes(self.settings.shortest, self.bits, len(bits))
-        return {
-            # w is scaled to sum to K, so this is H diag(w) H^T / sum(w) against the target
-            "similarity": weight.similarity * losses.weighted_similarity(h, w / w.mean(), target),
-            "nested": weight.nested * losses.nested_similarity(h, target, prefixes),
-            "contrast": weight.contrast
-            * losses.nested_classification(h, centres, self.bias, y, prefixes),
-            "centre": weight.centre * losses.centre_separation(centres),
-            "attention": weight.attention * losses.class_attention(attentions, y),
-            "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),
-            "decorrelation": weight.decorrelation * losses.decorrelation(h),
-        }
+        return weighted(
+            self.settings.weights,
+            {
+                # w is scaled to sum to K, so this is H diag(w) H^T / sum(w) against the target
+                "similarity": lambda: losses.weighted_similarity(h, w / w.mean(), target),
+                "nested": lambda: losses.nested_similarity(h, target, prefixes),
+                "contrast": lambda: losses.nested_classification(
+                    h, centres, self.bias, y, prefixes
+                ),
+                "centre": lambda: losses.centre_separation(centres),
+                "multi_similarity": lambda: losses.multi_similarity(h, y),
+                "decorrelation": lambda: losses.decorrelation(h),
+            },
+        )

@@ -126,7 +126,8 @@ class PGHMH(HashingMethod):
             blocks, self.norm, self.text_projection = encoder.copy_text_end(settings.layers)
             self.reader = nn.ModuleList(blocks)
             width = self.text_projection.in_features
-            self.no_text = nn.Parameter(torch.zeros(width))
+            if self.stand_in is not None:
+                self.no_text = nn.Parameter(torch.zeros(width))
         else:
             width = dim
             self.reader = nn.ModuleList(
@@ -231,6 +232,8 @@ class PGHMH(HashingMethod):
             return text[:, None], one
         if found.words is None or found.word_mask is None:
             return self.no_text.expand(len(text), 1, -1), one
+        if self.stand_in is None:
+            return found.words, found.word_mask
         missing = ~found.word_mask.any(dim=1, keepdim=True)
         first = F.pad(missing, (0, found.word_mask.shape[1] - 1))  # (B, L)
         words = torch.where(first[:, :, None], self.no_text, found.words)

@@ -20,10 +20,13 @@ from vhabl.errors import fail
 from vhabl.layers import FusedHashNet, FusedNetSettings
 from vhabl.methods.base import (
     HashingMethod,
+    check_centres,
     check_nesting,
+    class_centres,
     mean_terms,
     member_prefixes,
     stand_in,
+    weighted,
 )
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
@@ -36,7 +39,6 @@ class Weights:
     importance: float = key("the similarity with every bit weighted by its importance", 1.0)
     nested: float = key("similarity on ranked prefixes", 1.0)
     nested_classes: float = key("class prediction from ranked prefixes", 1.0)
-    attention: float = key("attention of each modality to the classes that an item has", 0.1)
     multi_similarity: float = key("multi-similarity loss on mined pairs", 0.01)
     contrast: float = key("contrast of a code against the class centres", 0.01)
     centre: float = key("separation of the class centres", 0.01)
@@ -48,6 +50,7 @@ class Weights:
 class VHABLSettings:
     net: FusedNetSettings = FusedNetSettings()
     target: str = key("similarity of label sets: sigmoid (as released) | cosine", "cosine")
+    centres: str = key("class centres: raw (as published) | tanh (bounded as codes are)", "tanh")
     shortest: int = key("shortest ranked prefix with a loss of its own; the next ones double", 8)
     momentum: float = key("momentum of the running importance that ranks bits in training", 0.9)
     weights: Weights = Weights()
@@ -68,8 +71,9 @@ class VHABL(HashingMethod):
         self.net = FusedHashNet(encoder.image_dim, encoder.text_dim, spec.classes, k, settings.net)
         self.stand_in = stand_in(encoder, settings.net.modality_dropout)
         self.classifier = nn.Linear(k, spec.classes)
-        self.centres = nn.Parameter(torch.randn(spec.classes, k) / k**0.5)
-        self.bias = nn.Parameter(torch.zeros(spec.classes))
+        self.centres = class_centres(spec.classes, k, settings.centres)
+        if settings.weights.nested_classes:
+            self.bias = nn.Parameter(torch.zeros(spec.classes))
         self.importance_in = nn.Linear(k, max(1, k // 2))
         self.importance_out = nn.Linear(max(1, k // 2), k)
         self.register_buffer("importance", torch.ones(k))
@@ -77,13 +81,13 @@ class VHABL(HashingMethod):
     @classmethod
     def check_settings(cls, settings: VHABLSettings) -> None:
         check_nesting(settings.target, settings.shortest)
+        check_centres(settings.centres)
         if not 0 <= settings.momentum < 1:
             fail("key model.momentum", str(settings.momentum), "0 up to below 1")
         settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        h, _ = self.net(self.embeddings(inputs))
-        return {"fused": h}
+        return {"fused": self.net(self.embeddings(inputs))}
 
     def bit_weights(self, h: Tensor) -> Tensor:
         """Importance of each bit for each item: positive, mean 1 over bits, [B, K]."""
@@ -96,40 +100,44 @@ class VHABL(HashingMethod):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y = batch.labels
         target = losses.TARGETS[self.settings.target](y)
-        h, attentions = self.net(self.embeddings(batch.inputs))
+        h = self.net(self.embeddings(batch.inputs))
         # The importance network learns which bits carry the neighbourhood; it does not bend them.
         fixed = h.detach()
         w = self.bit_weights(fixed)
         with torch.no_grad():
             self.importance.lerp_(w.mean(dim=0), 1 - self.settings.momentum)
         members = []
-        for bits, attention in zip(self.net.member_bits(), attentions, strict=True):
+        for bits in self.net.member_bits():
             ranked = bits[self.importance[bits].argsort(descending=True)]
-            members.append(self.member_loss(h, ranked, attention, y, target))
+            members.append(self.member_loss(h, ranked, y, target))
         importance = losses.weighted_similarity(fixed, w, target)
         return mean_terms(members) | {"importance": self.settings.weights.importance * importance}
 
     def member_loss(
-        self, h: Tensor, ranked: Tensor, attentions: list[Tensor], y: Tensor, target: Tensor
+        self, h: Tensor, ranked: Tensor, y: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
         """The terms of one member of the network, whose bits are `ranked` by importance."""
-        weight = self.settings.weights
-        h, centres = h[:, ranked], torch.tanh(self.centres[:, ranked])
+        h, centres = h[:, ranked], self.centres[:, ranked]
+        if self.settings.centres == "tanh":
+            centres = torch.tanh(centres)
         logits = F.linear(h, self.classifier.weight[:, ranked], self.classifier.bias)
         prefixes = member_prefixes(self.settings.shortest, self.bits, len(ranked))
-        return {
-            "similarity": weight.similarity * losses.similarity(h, target),
-            "classification": weight.classification * losses.classification(logits, y),
-            "nested": weight.nested * losses.nested_similarity(h, target, prefixes),
-            "nested_classes": weight.nested_classes
-            * losses.nested_classification(h, centres, self.bias, y, prefixes),
-            "attention": weight.attention * losses.class_attention(attentions, y),
-            "multi_similarity": weight.multi_similarity * losses.multi_similarity(h, y),
-            "contrast": weight.contrast * losses.centre_contrast(h, centres, y),
-            "centre": weight.centre * losses.centre_separation(centres),
-            "bce": weight.bce * losses.centre_bce(h, centres, y),
-            "decorrelation": weight.decorrelation * losses.decorrelation(h),
-        }
+        return weighted(
+            self.settings.weights,
+            {
+                "similarity": lambda: losses.similarity(h, target),
+                "classification": lambda: losses.classification(logits, y),
+                "nested": lambda: losses.nested_similarity(h, target, prefixes),
+                "nested_classes": lambda: losses.nested_classification(
+                    h, centres, self.bias, y, prefixes
+                ),
+                "multi_similarity": lambda: losses.multi_similarity(h, y),
+                "contrast": lambda: losses.centre_contrast(h, centres, y),
+                "centre": lambda: losses.centre_separation(centres),
+                "bce": lambda: losses.centre_bce(h, centres, y),
+                "decorrelation": lambda: losses.decorrelation(h),
+            },
+        )
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
