@@ -4,9 +4,10 @@
 #   bash flickr.sh [--demo] [--protocol common|own] [RECIPE ...] [key=value ...]
 #
 # RECIPE is a file in configs/ (vh_abl_clip, hiamh_clip, pghmh, cmcl ...); without one, every method
-# is trained. key=value goes to training. SEEDS="0 1 2" trains several seeds.
+# is trained. key=value goes to training. SEEDS="0 1 2" trains several seeds, by default the recipes' own.
 # --demo takes the data set that is shipped with the project instead, and builds an index of it.
-# --protocol own trains each method on its own publication's split; common, on the same one.
+# --protocol common trains our recipes on one split, so that their rows compare; own trains the
+# published recipes (configs/<method>_published.yaml), each on the split of its publication.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,7 +34,7 @@ while [[ $# -gt 0 ]]; do
         *=*) own+=("$1") ;;
         *)
             if [[ ! -f configs/$1.yaml || $1 == published ]]; then
-                known=$(basename --suffix .yaml -a configs/*.yaml | grep -v published | tr '\n' ' ')
+                known=$(basename --suffix .yaml -a configs/*.yaml | grep -vx published | tr '\n' ' ')
                 echo "error: argument $1: found no such recipe; expected some of: $known" >&2
                 exit 2
             fi
@@ -46,28 +47,30 @@ if [[ ${#recipes[@]} -eq 0 ]]; then
     if [[ $data == emoji ]]; then
         recipes=(nested_mlp hiamh vh_abl hq vh_abl_clip pghmh cmcl)
     elif [[ $protocol == own ]]; then
-        recipes=(hiamh vh_abl pghmh cmcl) # as published: HIAMH and VH-ABL on CNN features
+        recipes=(hiamh_published vh_abl_published pghmh_published cmcl_published hq_published)
     else
-        recipes=(hiamh_clip vh_abl_clip pghmh cmcl)
+        recipes=(hiamh_clip vh_abl_clip pghmh cmcl hq_alexnet)
     fi
 fi
 
 bash scripts/setup.sh
 source .venv/bin/activate
 trained=() folders=()
-for seed in ${SEEDS:-0}; do
+for seed in ${SEEDS:-recipe}; do
+    seed_key=()
+    [[ $seed == recipe ]] || seed_key=("seed=$seed")
     for recipe in "${recipes[@]}"; do
         printed=$(mktemp)
         python -m vhabl.train --no-table --config "configs/$recipe.yaml" "protocol=$protocol" \
-            "data=$data" "seed=$seed" "${shared[@]}" "${own[@]}" | tee "$printed"
+            "data=$data" "${seed_key[@]}" "${shared[@]}" "${own[@]}" | tee "$printed"
         trained+=("$(sed -n 's/^run folder: //p' "$printed")")
         rm "$printed"
     done
     # Reference rows for each split that was used.
     for used in $(printf '%s\n' "${trained[@]}" | cut -d / -f 2 | sort -u); do
         if [[ -f configs/data/$used.yaml ]]; then
-            python -m vhabl.baselines --quiet "data=$used" "seed=$seed" "${shared[@]}"
-            folders+=("checkpoint/$used/baselines/$seed")
+            python -m vhabl.baselines --quiet "data=$used" "${seed_key[@]}" "${shared[@]}"
+            folders+=("checkpoint/$used/baselines/${seed/recipe/0}")
         fi
     done
 done

@@ -8,7 +8,7 @@ import pytest
 from helpers import SMALL, small_config
 
 from vhabl import ablation
-from vhabl.ablation import Row, table, variants
+from vhabl.ablation import Row, differences, table, variants
 from vhabl.config import CONFIG_DIR
 from vhabl.errors import VhablError
 
@@ -23,6 +23,22 @@ def test_every_part_is_switched_off_once(feature_file: Path) -> None:
     assert all(len(changes) == 1 for name, changes in found.items() if name != "whole")
     plain = variants(small_config(feature_file, "nested_mlp", "optim.averaging=0"))
     assert list(plain) == ["whole", 'model.target="sigmoid"']
+
+
+def test_each_key_is_taken_towards_another_recipe_alone_and_all_together(
+    feature_file: Path,
+) -> None:
+    scales = ["optim.lr_scale.net=0.5", "optim.eps=1e-6", "seed=3", "codes=elsewhere"]
+    ours = small_config(feature_file, "nested_mlp", "model.dropout=0.1", "optim.lr_scale.head=2")
+    other = small_config(feature_file, "nested_mlp", "model.dropout=0.3", *scales)
+    changes = [
+        "optim.lr_scale.head=1.0", "optim.eps=1e-06", "optim.lr_scale.net=0.5", "model.dropout=0.3",
+    ]  # fmt: skip
+    found = differences(ours, other)
+    assert list(found)[0] == "whole" and list(found)[-1] == "all of these"
+    assert sorted(list(found)[1:-1]) == sorted(changes)
+    assert all(found[change] == [change] for change in changes)
+    assert found["whole"] == [] and sorted(found["all of these"]) == sorted(changes)
 
 
 def test_the_table_names_parts_without_an_effect() -> None:

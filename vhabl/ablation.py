@@ -3,6 +3,8 @@
 python -m vhabl.ablation --config configs/vh_abl.yaml data=wiki data.path=FILE --seeds 0 1 2
 
 The parts are the loss terms (`model.weights.*`) and the settings in `SWITCHES` that the recipe has.
+With --towards OTHER they are the keys that another recipe of the method sets otherwise, such as
+configs/vh_abl_published.yaml: each takes the other's value alone, and in the last row all do.
 Each variant is trained once a seed; the table has mAP@all on the test queries, or on the validation
 queries with --validation, where parts are chosen. A variant that was trained is not trained again.
 """
@@ -21,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vhabl import errors
-from vhabl.config import Config, load, override, to_yaml
+from vhabl.config import Config, flat, load, override, to_yaml
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
 from vhabl.evaluator import code_tasks
@@ -52,6 +54,9 @@ SWITCHES = {
 }
 
 
+NOT_OF_THE_MODEL = ("variant", "seed", "out", "codes", "validation.", "encoder.weights")
+
+
 @dataclass(frozen=True)
 class Row:
     """mAP@all (expected) of one variant, seed and length; the mean over the method's tasks."""
@@ -75,6 +80,18 @@ def variants(config: Config) -> dict[str, list[str]]:
         if value is not None and value != off:
             found[f"{key}={json.dumps(off)}"] = [f"{key}={json.dumps(off)}"]
     return found
+
+
+def differences(config: Config, other: Config) -> dict[str, list[str]]:
+    """Overrides by name that take a recipe to another one of its method, a key at a time."""
+    theirs, ours = flat(other), flat(config)
+    changed = {
+        key: f"{key}={json.dumps(theirs.get(key, 1.0))}"  # a factor that is not set is 1
+        for key in dict.fromkeys([*ours, *theirs])
+        if theirs.get(key) != ours.get(key) and not key.startswith(NOT_OF_THE_MODEL)
+    }
+    found = {WHOLE: [], **{change: [change] for change in changed.values()}}
+    return found | {"all of these": list(changed.values())}
 
 
 def _value(config: Any, key: str) -> Any:
@@ -138,6 +155,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--towards", metavar="FILE", help="another recipe of the same method")
     parser.add_argument("--validation", action="store_true", help="score on validation queries")
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="variants with one of these texts in their name"
@@ -145,22 +163,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_intermixed_args(arguments)
     config = load(given.config, given.overrides)
-    data = load_data(config.data, config.encoder)
+    possible = variants(config)
+    if given.towards:
+        possible = differences(config, load(given.towards, given.overrides))
     folder = Path(config.out) if config.out else config.run_folder.parent
     folder = folder / ("ablation-validation" if given.validation else "ablation")
     rows: list[Row] = []
     chosen = {
         name: changes
-        for name, changes in variants(config).items()
+        for name, changes in possible.items()
         if name == WHOLE or not given.only or any(text in name for text in given.only)
     }
     if given.only and len(chosen) == 1:
-        known = ", ".join(variants(config))
+        known = ", ".join(possible)
         errors.fail("argument --only", " ".join(given.only), f"a part of one of: {known}")
     jobs = [(n, o, s) for n, o in chosen.items() for s in given.seeds]
     for name, changes, seed in tqdm(jobs, desc="ablation", unit="run"):
         run = [f"seed={seed}", f"out={folder / 'state'}", "codes=none"]
         own = override(config, [*changes, *run, f"save_every={config.epochs + 1}"])
+        data = load_data(own.data, own.encoder)
         digest = blake2b((to_yaml(own) + data.fingerprint).encode(), digest_size=8).hexdigest()
         kept = folder / f"{digest}.json"
         if not kept.is_file():
@@ -171,7 +192,9 @@ def main(arguments: list[str]) -> int:
             write_json(kept, [asdict(row) for row in measure(own, part, name, seed)])
         rows += read_rows(kept, Row, "vhabl.ablation")
     on = "validation" if given.validation else "test"
-    title = f"{config.title} on {data.name}, mAP@all on {on} queries, {len(given.seeds)} seeds"
+    title = (
+        f"{config.title} on {config.data.name}, mAP@all on {on} queries, {len(given.seeds)} seeds"
+    )
     text = f"{title}\n\n{table(rows)}\n"
     print(text, end="")
     write_text(folder / "table.md", text)

@@ -167,7 +167,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     """A configuration with a few keys changed, checked as if it were typed in."""
     types = _config_types(config.method, COMMAND_LINE)
     layers: list[Layer] = [
-        (COMMAND_LINE, _flat(config)),
+        (COMMAND_LINE, flat(config)),
         (COMMAND_LINE, _parse_overrides(overrides)),
     ]
     return _build_config(types, layers, COMMAND_LINE)
@@ -177,9 +177,14 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """All keys by dotted name, with their values."""
+    return _flatten(dataclasses.asdict(config))
+
+
 def first_difference(theirs: Config, ours: Config) -> tuple[str, Any, Any] | None:
     """The first key that changes what a run computes: (key, theirs, ours), or None."""
-    a, b = _flat(theirs), _flat(ours)
+    a, b = flat(theirs), flat(ours)
     for name in dict.fromkeys([*b, *a]):
         if name not in _CARRIED_OUT and a.get(name) != b.get(name):
             return name, a.get(name), b.get(name)
@@ -305,10 +310,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    return _flatten(dataclasses.asdict(config))
 
 
 def _merge(types: dict[str, Any], layers: Iterable[Layer]) -> dict[str, Any]:

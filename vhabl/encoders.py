@@ -297,10 +297,10 @@ class ClipEncoder(PixelEncoder):
     """Both towers of a CLIP: pixels and token ids to vectors of one joint space.
 
     A tower is a start (patches or a stem; token embeddings), blocks, and an end (norm, pooling,
-    projection). `tune` says how much of it is trained: nothing, the last N blocks and (`tune_ends`)
-    the end, or all. What comes before is frozen: it is in evaluation mode always, and it runs without
-    gradients, so that its outputs can be kept (`frozen`). Patches and words are projected as the
-    pooled vectors are.
+    projection). `tune` says how much of it is trained: nothing, the last N blocks (with `tune_ends`
+    the end too), or all. What comes before is frozen: it is in evaluation mode always, and it runs
+    without gradients, so that its outputs can be kept (`frozen`). Patches and words are projected
+    as the pooled vectors are.
 
     A method without use for tokens gets the pooled vectors standardised by running statistics, as
     features are: CLIP's vectors lie in a narrow cone.
