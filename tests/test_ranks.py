@@ -117,7 +117,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     two = torchrun(ROOT / "tests" / "sharing.py", folder)
     code, _, err = ended(two)
     assert code == 0, err
-    kept = folder / "cache" / "emoji-towers-frozen-tokens.h5"
+    kept = folder / "cache" / "emoji-towers-frozen-hidden.h5"
     kept.rename(folder / "kept-2.h5")
     openclip.mend_torchvision()
     from torchvision import models
