@@ -20,6 +20,7 @@ from vhabl import errors
 YEARS = (2014, 2017)
 KINDS, PARTS = ("instances", "captions"), ("train", "val")
 PUBLISHED = {"pairs": 122_218, "classes": 80}
+CAPTION_SEED = 1  # as the split's
 Layout = dict[str, dict[str, type]]  # the lists of a file and the fields of their entries
 INSTANCES: Layout = {
     "images": {"id": int, "file_name": str},
@@ -34,16 +35,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--year", type=int, choices=YEARS, help="default: that of the files in SOURCE/annotations"
     )
-    _, made = maker_features.make(parser, arguments, "coco", lambda o: read(o.source, o.year))
+    parser.add_argument(
+        "--one-caption",
+        action="store_true",
+        help="keep one caption of each image, drawn once at random, as in CMCL's release; without "
+        "it all, of which training draws one at each visit",
+    )
+    _, made = maker_features.make(
+        parser, arguments, "coco", lambda o: read(o.source, o.year, o.one_caption)
+    )
     print(makers.describe(made, PUBLISHED))
     return 0
 
 
-def read(source: Path, year: int | None = None) -> Made:
+def read(source: Path, year: int | None = None, one_caption: bool = False) -> Made:
     """The images with a category: those of train, then those of val, each by image id.
 
-    labels [N, categories by id]. Raises VhablError where a part of the download is missing or
-    damaged, or the parts disagree.
+    labels [N, categories by id]. one_caption: keep one of each image's, drawn with a fixed seed.
+    Raises VhablError where a part of the download is missing or damaged, or the parts disagree.
     """
     folder = source / "annotations"
     year = year or find_year(folder)
@@ -68,6 +77,9 @@ def read(source: Path, year: int | None = None) -> Made:
             classes.append(owned[image])
         if bare := len(images) - len(owned):
             errors.note(f"{part}: {errors.plural(bare, 'image')} without a category left out")
+    if one_caption:
+        draws = np.random.RandomState(CAPTION_SEED).random_sample(len(captions))
+        captions = [[own[int(u * len(own))]] for own, u in zip(captions, draws, strict=True)]
     return Made(
         index,
         [source / path for path in index],

@@ -42,17 +42,29 @@ def main(arguments: list[str]) -> int:
         default=20,
         help="the vocabulary holds the tags of at least so many images; default: %(default)s",
     )
+    parser.add_argument(
+        "--vocabulary-captions",
+        action="store_true",
+        help="captions hold the tags of the vocabulary alone, as in CMCL's release; without it "
+        "all tags",
+    )
     options, made = maker_features.make(
-        parser, arguments, "mirflickr", lambda o: read(o.source, o.all, o.min_count)
+        parser,
+        arguments,
+        "mirflickr",
+        lambda o: read(o.source, o.all, o.min_count, o.vocabulary_captions),
     )
     print(makers.describe(made, PUBLISHED[options.all]))
     return 0
 
 
-def read(source: Path, every: bool = False, min_count: int = 20) -> Made:
+def read(
+    source: Path, every: bool = False, min_count: int = 20, vocabulary_captions: bool = False
+) -> Made:
     """The labelled images, by number: those with a tag of the vocabulary, or every one.
 
-    labels [N, 24]. Raises VhablError where a part of the download is missing or damaged.
+    labels [N, 24]. vocabulary_captions: captions leave out the other tags. Raises
+    VhablError where a part of the download is missing or damaged.
     """
     folder = source / "mirflickr" if (source / "mirflickr").is_dir() else source
     tags = read_tags(makers.find([folder / "meta" / "tags", source / "meta" / "tags"], IMAGES))
@@ -73,11 +85,14 @@ def read(source: Path, every: bool = False, min_count: int = 20) -> Made:
         if every or not vocabulary.isdisjoint(tags.get(number, []))
     ]
     chosen_tags = [tags.get(number, []) for number in chosen]
+    in_captions = [
+        [tag for tag in own if tag in vocabulary or not vocabulary_captions] for own in chosen_tags
+    ]
     index = [f"im{number}.jpg" for number in chosen]
     return Made(
         index,
         [folder / name for name in index],
-        [[" ".join(own)] for own in chosen_tags],
+        [[" ".join(own)] for own in in_captions],
         np.array([[number in own for own in members] for number in chosen], np.uint8),
         CLASSES,
         words,

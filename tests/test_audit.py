@@ -177,10 +177,8 @@ class LeakySplit(Split):
     def take(self, rows: np.ndarray) -> LeakySplit:
         return leaky(super().take(rows))
 
-    def inputs(
-        self, rows: np.ndarray | slice = slice(None), draws: np.ndarray | None = None
-    ) -> Inputs:
-        inputs = super().inputs(rows, draws)
+    def inputs(self, rows: np.ndarray | slice = slice(None), *draws: np.ndarray | None) -> Inputs:
+        inputs = super().inputs(rows, *draws)
         assert inputs.text is not None
         text = inputs.text.clone()
         text[:, : self.labels.shape[1]] = 20.0 * torch.from_numpy(self.labels[rows]).float()

@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import urllib.error
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vhabl import cnn, openclip
+from vhabl.config import CONFIG_DIR, load_data_config
 from vhabl.data.features import load_features
 from vhabl.data.images import open_image, read_pixels
 from vhabl.data.pairs import Pairs, read_pairs
@@ -200,6 +202,31 @@ def test_flickr_min_count_sets_the_vocabulary(tmp_path: Path) -> None:
     assert make_flickr.read(tmp_path / "download", min_count=1).words == sorted(
         ["naïve", "日本", "new\u2028line", "rare", NINETEEN, TWENTY]
     )
+
+
+def follow_source(name: str, main: Main) -> Path:
+    """Run a maker on the folder `download` as configs/data says for CMCL; where it writes."""
+    own, base = (
+        load_data_config(CONFIG_DIR / "data" / f"{n}.yaml", []) for n in (f"{name}_cmcl", name)
+    )
+    assert replace(own, name=name, path=base.path, source=base.source) == base  # the same split
+    program, script, source, *options = own.source.split()
+    assert [program, script, source] == ["python", f"scripts/{main.__module__}.py", "SOURCE"]
+    assert main(["download", *options]) == 0
+    return Path(own.path)
+
+
+def test_flickr_captions_as_published_hold_the_vocabulary_alone(tmp_path: Path) -> None:
+    flickr_source(tmp_path / "download")
+    pairs = read_back(follow_source("mirflickr", make_flickr.main))
+    assert pairs.ids == [f"im{n}.jpg" for n in range(1, 20)]
+    assert pairs.captions == [TWENTY] * 19
+    made = make_flickr.read(tmp_path / "download", True, 19, vocabulary_captions=True)
+    both = f"{NINETEEN} {TWENTY}"
+    rest = [TWENTY, "", NINETEEN, "", ""]  # of 19 to 23
+    expected = [both] * 4 + [f"{both} {NINETEEN}"] + [both] * 13 + rest
+    assert made.captions == [[caption] for caption in expected]  # in the order of the file
+    assert made.tags[2] == flickr_tags(3)  # for the bag of tags
 
 
 FLICKR_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -570,6 +597,26 @@ def test_coco_takes_images_with_a_category(
         f"note: {val}: 1 image without annotation left out",
     ]
     assert make_coco.read(source).captions == all_captions(out)
+
+
+def test_coco_captions_as_published_are_drawn_once(tmp_path: Path) -> None:
+    """Seed 1 gives 0.417, 0.720, 0.0001 and 0.302: the third of three captions for the second."""
+    coco_source(tmp_path / "download")
+    out = follow_source("coco", make_coco.main)
+    assert all_captions(out) == [[""], ["third"], [""], ["été 日本"]]
+    assert read_back(out).labels.tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.skipif(not COCO_MINI.is_dir(), reason="shared/data/coco_mini is missing")
+def test_coco_mini_with_one_caption_an_image(tmp_path: Path) -> None:
+    """Further numbers of seed 1: 0.147, 0.092, 0.186, 0.346, 0.397, 0.539."""
+    every = make_coco.read(COCO_MINI).captions
+    one = make_coco.read(COCO_MINI, one_caption=True).captions
+    assert one[0] == ["adults at dining room table with birthday cake."]
+    drawn = [2, 3, 0, 1, 0, 0, 0, 1, 1, 2]
+    assert one[:10] == [[own[n]] for own, n in zip(every, drawn, strict=False)]
+    places = [own.index(caption) for own, (caption,) in zip(every, one, strict=True)]
+    assert min(np.bincount(places, minlength=5)) > 159 / 5 / 2  # all places are drawn alike
 
 
 def test_coco_of_two_years_is_chosen(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from PIL import Image
 from vhabl.data import __main__ as data_command
 from vhabl.data import load, validation_split, without
 from vhabl.data.features import load_features
-from vhabl.data.images import open_image, read, read_pixels, to_pixels
+from vhabl.data.images import open_image, read, read_pixels, read_whole, to_pixels
 from vhabl.data.pairs import describe_images, draw, read_pairs, to_splits, words
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
@@ -1142,6 +1142,11 @@ def test_pictures_in_arrays_become_pixels(
         np.testing.assert_array_equal(inputs.image.numpy(), expected[29 + rows])
     squeezed = load(ARRAYS, replace(CNN, resize=230, squeeze=True)).query.image[:]
     np.testing.assert_array_equal(squeezed[2], to_pixels(pictures[31], 230, True))
+    crops = load(ARRAYS, replace(CNN, augment=True)).query.image.crops(
+        np.array([2]), np.array([[0, 0.999]])
+    )
+    whole = read_whole(pictures[31], 224, False)  # 14 x 10 become 314 x 224
+    np.testing.assert_array_equal(crops, [whole[:, :, 314 - 224 :]])
     monkeypatch.setattr("vhabl.data.npy.CHUNK", 7)
     described = load(ARRAYS)
     np.testing.assert_array_equal(described.database.image, describe_images(pictures[:29]))

@@ -33,12 +33,13 @@ from safetensors.torch import save_file
 
 from vhabl import cnn, openclip, runs, train
 from vhabl.cache import frozen_outputs
-from vhabl.config import Config, build_method
+from vhabl.config import Config, build_method, override
 from vhabl.data import load as load_data
 from vhabl.data.images import ImageFiles, open_image, read, read_pixels, to_pixels
 from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling, PixelEncoder
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
+from vhabl.ranks import Ranks
 from vhabl.report import page
 from vhabl.settings import EncoderConfig
 from vhabl.trainer import Trainer
@@ -212,25 +213,17 @@ def test_a_rate_of_zero_is_the_recipes(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_pictures_are_cut_at_random_in_training_alone(tmp_path: Path) -> None:
+def test_pictures_are_mirrored_at_random_in_training_alone(tmp_path: Path) -> None:
     towers = encoder(tmp_path, tune="all", augment=True, resize=40)
     inputs = raw_inputs(towers, room=8)
     middle = inputs.image[..., 4:36, 4:36]
     assert torch.equal(towers._cut(inputs.image), middle)
     towers.train()
-    cuts = torch.stack([towers._cut(inputs.image) for _ in range(60)])
-    assert cuts.shape == (60, 3, 3, 32, 32)
-    places = {
-        (i, j): inputs.image[0, :, i : i + 32, j : j + 32] for i in range(9) for j in range(9)
-    }
-    seen, mirrored = set(), 0
-    for cut in cuts[:, 0]:
-        match = [at for at, part in places.items() if torch.equal(part, cut)]
-        flipped = [at for at, part in places.items() if torch.equal(part.flip(2), cut)]
-        mirrored += bool(flipped)
-        seen.update(match or flipped)
-        assert len(match) + len(flipped) == 1
-    assert len(seen) > 30 and {0, 8} <= {i for i, _ in seen} and 15 < mirrored < 45
+    cuts = torch.stack([towers._cut(middle) for _ in range(60)])
+    flipped = (cuts == middle.flip(3)).flatten(2).all(dim=2)
+    assert torch.equal(flipped, ~(cuts == middle).flatten(2).all(dim=2))
+    assert ((flipped.sum(dim=0) > 15) & (flipped.sum(dim=0) < 45)).all()
+    assert len(flipped.unique(dim=0)) == 8  # each of the three by itself
     assert not towers.cacheable
     with pytest.raises(
         VhablError, match=r"key encoder.resize: found 31; expected 0, or at least 32"
@@ -523,6 +516,186 @@ def test_few_pictures_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     assert isinstance(kept, np.ndarray) and np.array_equal(kept, store[:])
     monkeypatch.setattr("vhabl.data.images.IN_MEMORY", kept.nbytes - 1)
     assert store.in_memory() is store
+
+
+# -- random crops ----------------------------------------------------------------------------------
+
+JUST_BELOW_1 = float(np.nextafter(np.float32(1), np.float32(0)))
+
+
+@pytest.fixture(params=["files", "memory"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether few pictures are kept in memory, or read from their files."""
+    in_memory: bool = request.param == "memory"
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 2**28 if in_memory else 0)
+    return in_memory
+
+
+def gradient(file: Path) -> Path:
+    """A picture 300 wide and 100 high: each pixel holds its column (two bytes) and its row."""
+    row, column = np.mgrid[:100, :300]
+    Image.fromarray(np.stack([column // 256, column % 256, row], axis=2).astype(np.uint8)).save(
+        file
+    )
+    return file
+
+
+def places(crops: np.ndarray) -> list[tuple[int, int]]:
+    """Where crops of `gradient` begin, down and across: they hold what is there."""
+    high, low, row = crops.astype(int).transpose(1, 0, 2, 3)
+    column = 256 * high + low
+    side = np.arange(crops.shape[-1])
+    assert (column == column[:, :1, :1] + side).all() and (
+        row == row[:, :1, :1] + side[:, None]
+    ).all()
+    return list(zip(row[:, 0, 0].tolist(), column[:, 0, 0].tolist(), strict=True))
+
+
+def test_crops_are_from_anywhere_in_the_picture(held: bool, tmp_path: Path) -> None:
+    """Of side 60: 41 places down (100 - 60 + 1) and 241 across, numbered from 0."""
+    file = gradient(tmp_path / "x.png")
+    store = ImageFiles([file], 100, False, 0, crop=60).in_memory()
+    assert isinstance(store, ImageFiles) != held
+    corners = [(0, 0), (JUST_BELOW_1, JUST_BELOW_1), (0, JUST_BELOW_1), (0.5, 0.25)]
+    rows = Rows(store, np.zeros(4, int))
+    found = rows.crops(np.arange(4), np.array(corners, np.float32))
+    assert found.shape == (4, 3, 60, 60) and found.dtype == np.uint8
+    assert places(found) == [(0, 0), (40, 240), (0, 240), (20, 60)]
+    draws = torch.rand(400, 2, generator=torch.Generator().manual_seed(0)).numpy()
+    many = places(Rows(store, np.zeros(400, int)).crops(np.arange(400), draws))
+    down, across = map(list, zip(*many, strict=True))
+    assert set(down) == set(range(41))
+    assert np.histogram(across, 6, (0, 241))[0].min() > 400 / 6 / 2  # all alike
+    assert set().union(*(range(n, n + 60) for n in across)) == set(range(300))
+    assert store[:1].shape == (1, 3, 100, 100) and places(store[:1]) == [(0, 100)]  # the centre
+    assert rows.crops(np.zeros(0, int), np.zeros((0, 2))).shape == (0, 3, 60, 60)
+    squeezed = ImageFiles([file], 100, True, 0, crop=60).in_memory()
+    whole = to_pixels(open_image(file), 100, squeeze=True)
+    (found,) = squeezed.crops(np.zeros(1, int), np.array([[0.5, JUST_BELOW_1]]))
+    assert np.array_equal(found, whole[:, 20:80, 40:])
+
+
+@pytest.mark.parametrize("size", [(641, 481), (481, 641), (90, 60)])
+def test_crops_are_parts_of_the_resized_picture(
+    held: bool, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """Also of a JPEG that is decoded at a part of its size, with what its edges pad."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    file = tmp_path / "x.jpg"
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file)
+    store = ImageFiles([file], 80, False, 0, crop=64).in_memory()
+    resized = (round(size[0] * 80 / min(size)), round(size[1] * 80 / min(size)))
+    whole = np.asarray(open_image(file).resize(resized, Image.Resampling.BICUBIC), int)
+    corner = np.array([[JUST_BELOW_1, 0.5]])
+    (found,) = store.crops(np.zeros(1, int), corner)
+    left = (resized[0] - 63) // 2
+    changes = np.abs(found - whole[-64:, left : left + 64].transpose(2, 0, 1))
+    assert changes.max() <= 5 and changes.mean() < 0.5
+    assert changes.any() == (size != (90, 60))  # a small one is decoded whole
+
+
+def test_many_whole_pictures_are_not_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 x 300 pixels and 3 colours; the centre alone would fit."""
+    store = ImageFiles([gradient(tmp_path / "x.png")] * 2, 100, False, 0, crop=60)
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 2 * 90_000)
+    assert store.in_memory() is not store
+    monkeypatch.setattr("vhabl.data.images.IN_MEMORY", 2 * 90_000 - 1)
+    assert store.in_memory() is store
+
+
+AUGMENTED = [
+    "encoder.augment=true",
+    "encoder.resize=40",
+    "encoder.tune=all",
+    "validation.fraction=0",
+]
+
+
+def augmented(folder: Path, *overrides: str) -> Trainer:
+    """Crops of 32 x 32 of pictures 40 high and 40, 48 or 56 wide."""
+    config = pair_config(folder, "cmcl", *AUGMENTED, *overrides)
+    return Trainer(config, load_data(config.data, config.encoder), False)
+
+
+def test_training_draws_crops_by_its_own_generator(held: bool, folder: Path) -> None:
+    trainer = augmented(folder, "data.workers=0")
+    train, batches = trainer.data.train, [torch.arange(32).flip(0), torch.arange(7)]
+    train.text.count = None  # one caption an item: nothing else is drawn
+    trainer._begin_phase()
+    assert trainer.resident is None and isinstance(train.image.store, ImageFiles) != held
+
+    def crops() -> list[torch.Tensor]:
+        return [inputs.image for _, inputs in trainer._inputs(batches)]
+
+    drawn = [crops() for _ in range(30)]
+    down, across = set(), set()
+    for row, name in zip(batches[0].argsort().tolist(), train.ids, strict=True):
+        if int(Path(name).stem) % 3 == 2:  # 56 wide
+            picture = np.asarray(open_image(folder / "images" / Path(name).name))
+            parts = torch.from_numpy(picture.copy()).unfold(0, 32, 1).unfold(1, 32, 1)
+            for first, _ in drawn:
+                ((i, j),) = (parts == first[row]).flatten(2).all(dim=2).nonzero().tolist()
+                down.add(i)
+                across.add(j)
+    assert down == set(range(9)) and across == set(range(25))  # of the centre square 4 to 12
+    trainer._begin_phase()
+    torch.manual_seed(5)  # of no matter
+    assert all(map(torch.equal, crops(), drawn[0]))
+    shares = []
+    for rank in range(2):  # each has its share of the same crops
+        trainer._begin_phase()
+        trainer.method.encoder.ranks = Ranks(rank, 2)
+        shares.append(crops())
+    for whole, *parts in zip(drawn[0], *shares, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def test_workers_give_the_same_crops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for memory, workers in ((2**28, 0), (0, 0), (0, 2)):
+        monkeypatch.setattr("vhabl.data.images.IN_MEMORY", memory)
+        trainer = augmented(folder, f"data.workers={workers}")
+        trainer._begin_phase()
+        batches = list(torch.arange(32).split(10))
+        found.append(torch.cat([inputs.image for _, inputs in trainer._inputs(batches)]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_crops_are_for_training_alone(held: bool, folder: Path) -> None:
+    """The data and their digest are those of a recipe without `augment`, and so are the codes."""
+    data, other = (augmented(folder, f"encoder.augment={a}").data for a in ("true", "false"))
+    assert data.fingerprint == other.fingerprint and data.spec == other.spec
+    for split in ("train", "database", "query"):
+        image, expected = (getattr(d, split).inputs().image for d in (data, other))
+        assert torch.equal(image, expected)
+    trainer = augmented(folder)
+    trainer._begin_phase()
+    method = trainer.method.eval()
+    one, two = (code_tasks(method, d, [8])[8]["i2t"] for d in (data, other))
+    assert np.array_equal(one.query, two.query) and np.array_equal(one.database, two.database)
+    # Data that were read for crops serve a recipe without them, as in an ablation.
+    without = Trainer(override(trainer.config, ["encoder.augment=false"]), data, False)
+    without._begin_phase()
+    assert not without._has_crops()
+    inputs = next(without._inputs([torch.arange(32)]))[1]
+    assert torch.equal(inputs.image, data.train.inputs().image)
+
+
+def test_a_run_with_crops_goes_on_as_if_never_stopped(folder: Path) -> None:
+    whole = augmented(folder, "epochs=3").run().state_dict()
+    half = augmented(folder, "epochs=3", "out=run")
+    half._begin_phase()
+    half.epochs = 1
+    half._train_phase()
+    again = augmented(folder, "epochs=3", "out=run", "resume=true").run().state_dict()
+    assert all(torch.equal(whole[n], t) for n, t in again.items())
+    other = augmented(folder, "epochs=3", "seed=1").run().state_dict()
+    assert not all(torch.equal(whole[n], t) for n, t in other.items())
+
+
+# -- captions --------------------------------------------------------------------------------------
 
 
 def test_captions_stay_with_their_items(folder: Path) -> None:

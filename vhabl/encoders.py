@@ -206,16 +206,13 @@ class PixelEncoder(Encoder):
         return (self._cut(pixels) - self.mean).div_(self.spread)
 
     def _cut(self, pixels: Tensor) -> Tensor:
-        """The centre, or in training with `augment` a random part, mirrored at random:
-        (B, 3, S, S).
+        """The centre, in training with `augment` mirrored at random: (B, 3, S, S). Training is
+        given pictures that are cut already.
         """
         size, room = self.size, pixels.shape[-1] - self.size
+        cut = pixels[..., room // 2 : room // 2 + size, room // 2 : room // 2 + size]
         if not (self.training and self.config.augment):
-            return pixels[..., room // 2 : room // 2 + size, room // 2 : room // 2 + size]
-        corners = torch.randint(room + 1, (len(pixels), 2)).tolist()
-        cut = torch.stack(
-            [x[:, i : i + size, j : j + size] for x, (i, j) in zip(pixels, corners, strict=True)]
-        )
+            return cut
         mirrored = torch.rand(len(cut), 1, 1, 1, device=cut.device) < 0.5
         return torch.where(mirrored, cut.flip(3), cut)
 

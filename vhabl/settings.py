@@ -77,11 +77,13 @@ class EncoderConfig:
     )
     lr: float = key("clip, cnn: learning rate of what is tuned there; 0 is optim.lr", 1e-6)
     words: int = key("clip: tokens of a caption that are read, its two ends included", 32)
-    resize: int = key("clip, cnn: side to which images are resized; 0 is the network's own", 0)
+    resize: int = key(
+        "clip, cnn: length to which the short side of images is resized; 0 is the network's own", 0
+    )
     squeeze: bool = key("clip, cnn: squeeze images to a square; else the centre is cut out", False)
     augment: bool = key(
-        "clip, cnn: mirror images at random in training, and cut at random where resize leaves "
-        "room",
+        "clip, cnn: in training mirror images at random, and cut them anywhere in the picture, not "
+        "in its centre",
         False,
     )
     precision: str = key(

@@ -30,7 +30,7 @@ from vhabl.optim import WeightMean, build_optimizer, clip_gradients, set_rate
 from vhabl.ranks import ALONE, Ranks
 from vhabl.scalars import ScalarLog
 from vhabl.stopping import StopRequests
-from vhabl.types import Batch, Dataset, Inputs, Rows
+from vhabl.types import Batch, CropStore, Dataset, Inputs, Rows
 
 STATE_FILE = "state.pt"
 RESIDENT = 2**30  # bytes of inputs up to which the training items stay on the device
@@ -148,7 +148,8 @@ class Trainer:
         self.labels = torch.from_numpy(self.train.labels).float().to(self.device)
         self.method.prepare(self.labels)
         # What is small against a device's memory stays there for the whole phase.
-        small = self.train.bytes <= RESIDENT and not self._has_choices()
+        drawn = self._has_choices() or self._has_crops()
+        small = self.train.bytes <= RESIDENT and not drawn
         self.resident = self.train.inputs().to(self.device) if small else None
         named = self.method.named_parameters()
         self.optimizer = build_optimizer(self.method.param_groups(), named, config.optim)
@@ -242,6 +243,12 @@ class Trainer:
         """Whether items have several captions, of which training draws one."""
         return isinstance(self.train.text, Rows) and self.train.text.count is not None
 
+    def _has_crops(self) -> bool:
+        """Whether training cuts pictures at random places."""
+        image = self.train.image
+        there = isinstance(image, Rows) and isinstance(image.store, CropStore)
+        return there and self.config.encoder.augment
+
     def _inputs(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Inputs]]:
         """The rows of each batch, and the inputs of those that are this rank's share."""
         part = self.method.encoder.ranks.part
@@ -251,11 +258,14 @@ class Trainer:
             for rows in there:
                 yield rows, self.resident.take(part(rows))
             return
-        draws = None
+        draws = corners = None
         if self._has_choices():
             draws = [part(torch.rand(len(b), generator=self.shuffle).numpy()) for b in batches]
+        if self._has_crops():
+            corners = [part(torch.rand(len(b), 2, generator=self.shuffle).numpy()) for b in batches]
         shares = [part(rows.numpy()) for rows in batches]
-        for rows, inputs in zip(there, read(self.train, shares, draws, self.device), strict=True):
+        found = read(self.train, shares, draws, self.device, corners)
+        for rows, inputs in zip(there, found, strict=True):
             yield rows, inputs.to(self.device)
 
     def _validate(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -112,6 +112,13 @@ class Store(Protocol):
     def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
+@runtime_checkable
+class CropStore(Store, Protocol):
+    """Pictures of which a part at any place can be read."""
+
+    def crops(self, rows: np.ndarray, corners: np.ndarray) -> np.ndarray: ...
+
+
 class Rows:
     """Items of a store, read when they are indexed; an item may have several alternatives.
 
@@ -143,6 +150,13 @@ class Rows:
         if self.count is None:
             return self[rows]
         return self.store[self.first[rows] + (draws * self.count[rows]).astype(np.int64)]
+
+    def crops(self, rows: np.ndarray, corners: np.ndarray) -> np.ndarray:
+        """A square part of each picture, [B, 3, S, S]. corners [B, 2] in [0, 1): how far down and
+        across it begins, of all places where it fits.
+        """
+        assert isinstance(self.store, CropStore)
+        return self.store.crops(self.first[rows], corners)
 
 
 @dataclass(frozen=True)
@@ -180,18 +194,27 @@ class Split:
         return total
 
     def inputs(
-        self, rows: np.ndarray | slice = slice(None), draws: np.ndarray | None = None
+        self,
+        rows: np.ndarray | slice = slice(None),
+        draws: np.ndarray | None = None,
+        corners: np.ndarray | None = None,
     ) -> Inputs:
         """The inputs of the given items. draws: a number in [0, 1) for each of the rows, which
-        chooses among the captions of an item; without them it is the first.
+        chooses among the captions of an item; without them it is the first. corners: where pictures
+        are cut, as in `Rows.crops`; without them it is the centre.
         """
-        text = self.text
+        image, text = self.image, self.text
         if draws is not None and isinstance(text, Rows):
             assert isinstance(rows, np.ndarray)
             words = text.drawn(rows, draws)
         else:
             words = text[rows]
-        return Inputs(torch.from_numpy(self.image[rows]), torch.from_numpy(words))
+        if corners is not None and isinstance(image, Rows):
+            assert isinstance(rows, np.ndarray)
+            pixels = image.crops(rows, corners)
+        else:
+            pixels = image[rows]
+        return Inputs(torch.from_numpy(pixels), torch.from_numpy(words))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vhabl.errors import VhablError, fail
-from vhabl.types import Inputs, Rows, Split
+from vhabl.types import Inputs, Rows, Split, Store
 
 IN_MEMORY = 2**28  # bytes of pixels up to which a set's images are read once and kept
 # Pixels that are decoded at most: a decoder may hold four copies of 4 bytes each. A JPEG may have
@@ -38,6 +38,15 @@ def read_pixels(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) -
     """
     image, extent = _decoded(path, "", REDUCED * side)
     return to_pixels(image, side, squeeze, extent)
+
+
+def read_whole(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) -> np.ndarray:
+    """The whole of an image, its short side resized to `side`, or squeezed to a square: [3, h, w]
+    uint8. Decoded as by `read_pixels`. Raises VhablError as `open_image`.
+    """
+    image, (width, height) = _decoded(path, "", REDUCED * side)
+    size = (side, side) if squeeze else _resized(width, height, side)
+    return _array(image.resize(size, Image.Resampling.BICUBIC, (0, 0, width, height)))
 
 
 def _decoded(
@@ -94,14 +103,37 @@ def to_pixels(
     if squeeze:
         image = image.resize((side, side), bicubic, (0, 0, width, height))
     else:
-        scale = side / min(width, height)
-        size = (max(side, round(width * scale)), max(side, round(height * scale)))
+        size = _resized(width, height, side)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
         # Of the resized image only the centre is computed, from this box.
         x, y = width / size[0], height / size[1]
         right, bottom = min(width, (left + side) * x), min(height, (top + side) * y)
         image = image.resize((side, side), bicubic, (left * x, top * y, right, bottom))
+    return _array(image)
+
+
+def _resized(width: float, height: float, side: int) -> tuple[int, int]:
+    """Width and height of a picture whose short side becomes `side`."""
+    scale = side / min(width, height)
+    return max(side, round(width * scale)), max(side, round(height * scale))
+
+
+def _array(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _stacked(pictures: Iterable[np.ndarray], count: int, side: int) -> np.ndarray:
+    result = np.empty((count, 3, side, side), np.uint8)
+    for number, picture in enumerate(pictures):
+        result[number] = picture
+    return result
+
+
+def _crop(picture: np.ndarray, side: int, corner: np.ndarray) -> np.ndarray:
+    """A part [3, side, side] of a picture; its corner as in `Rows.crops`."""
+    _, height, width = picture.shape
+    top, left = (int(u * (n - side + 1)) for u, n in zip(corner, (height, width), strict=True))
+    return picture[:, top : top + side, left : left + side].copy()  # frees the picture
 
 
 class ImageFiles:
@@ -111,12 +143,18 @@ class ImageFiles:
     """
 
     def __init__(
-        self, files: Sequence[Path | Image.Image], side: int, squeeze: bool, workers: int
+        self,
+        files: Sequence[Path | Image.Image],
+        side: int,
+        squeeze: bool,
+        workers: int,
+        crop: int = 0,
     ) -> None:
         self.files = files
         self.side = side
         self.squeeze = squeeze
         self.workers = workers  # processes that `read` uses
+        self.crop = crop  # side of the parts that `crops` reads; 0: none are read
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,9 +167,18 @@ class ImageFiles:
             return read_pixels(self.files[row], self.side, self.squeeze)
 
         numbers = np.arange(len(self.files))[rows]
-        with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
-            found = list(pool.map(pixels, numbers.tolist()))
-        return np.stack(found) if found else np.zeros((0, *self.shape[1:]), np.uint8)
+        return _stacked(_in_threads(pixels, numbers), len(numbers), self.side)
+
+    def crops(self, rows: np.ndarray, corners: np.ndarray) -> np.ndarray:
+        """Parts [B, 3, crop, crop] of the whole pictures, as `Rows.crops`."""
+
+        def part(row: int, corner: np.ndarray) -> np.ndarray:
+            return _crop(self._whole(row), self.crop, corner)
+
+        return _stacked(_in_threads(part, rows, corners), len(rows), self.crop)
+
+    def _whole(self, row: int) -> np.ndarray:
+        return read_whole(self.files[row], self.side, self.squeeze)
 
     def marks(self, rows: np.ndarray) -> np.ndarray:
         """What tells the given pictures from others without decoding them, [N]: the bytes of the
@@ -148,24 +195,61 @@ class ImageFiles:
             lines.append(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n")
         return "".join(lines).encode()
 
-    def in_memory(self) -> np.ndarray | ImageFiles:
-        """All pixels where they are few, else this."""
-        return self[:] if np.prod(self.shape, dtype=np.int64) <= IN_MEMORY else self
+    def in_memory(self) -> Store:
+        """All pixels where they are few, else this. They include the whole pictures where parts of
+        them are read.
+        """
+        if np.prod(self.shape, dtype=np.int64) > IN_MEMORY:
+            return self
+        if not self.crop:
+            return self[:]
+        whole: list[np.ndarray] = []
+        for rows in rows_in_order(len(self.files), 32):
+            whole += _in_threads(self._whole, rows)
+            if sum(picture.nbytes for picture in whole) > IN_MEMORY:
+                return self
+        return KeptPictures(self[:], whole, self.crop)
+
+
+class KeptPictures:
+    """A store of pixels in memory that has the whole pictures too, of which parts are read."""
+
+    def __init__(self, centres: np.ndarray, whole: Sequence[np.ndarray], crop: int) -> None:
+        self.centres, self.whole, self.crop = centres, whole, crop
+        self.shape, self.dtype = centres.shape, centres.dtype
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.centres[rows]
+
+    def crops(self, rows: np.ndarray, corners: np.ndarray) -> np.ndarray:
+        """Parts [B, 3, crop, crop] of the whole pictures, as `Rows.crops`."""
+        parts = (_crop(self.whole[n], self.crop, u) for n, u in zip(rows, corners, strict=True))
+        return _stacked(parts, len(rows), self.crop)
+
+
+def _in_threads(function: Callable[..., np.ndarray], *each: Iterable[Any]) -> list[np.ndarray]:
+    with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter's lock
+        return list(pool.map(function, *each))
 
 
 class _Reader(torch.utils.data.Dataset[Inputs | str]):
     def __init__(
-        self, split: Split, batches: Sequence[np.ndarray], draws: Sequence[np.ndarray] | None
+        self,
+        split: Split,
+        batches: Sequence[np.ndarray],
+        draws: Sequence[np.ndarray] | None,
+        corners: Sequence[np.ndarray] | None,
     ) -> None:
-        self.split, self.batches, self.draws = split, batches, draws
+        self.split, self.batches, self.draws, self.corners = split, batches, draws, corners
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> Inputs | str:
         draws = None if self.draws is None else self.draws[number]
+        corners = None if self.corners is None else self.corners[number]
         try:
-            return self.split.inputs(self.batches[number], draws)
+            return self.split.inputs(self.batches[number], draws, corners)
         except VhablError as error:  # a worker's exception would come with its traceback
             return str(error)
 
@@ -180,15 +264,16 @@ def read(
     batches: Sequence[np.ndarray],
     draws: Sequence[np.ndarray] | None = None,
     device: torch.device | None = None,
+    corners: Sequence[np.ndarray] | None = None,
 ) -> Iterator[Inputs]:
     """The inputs of each batch of rows, in order; images are decoded ahead in worker processes.
 
-    draws: for each batch, what `Split.inputs` takes. device: where the inputs go next; for a GPU
-    they are in pinned memory. Raises VhablError where an image cannot be read.
+    draws, corners: for each batch, what `Split.inputs` takes. device: where the inputs go next; for
+    a GPU they are in pinned memory. Raises VhablError where an image cannot be read.
     """
     store = split.image.store if isinstance(split.image, Rows) else None
     workers = store.workers if isinstance(store, ImageFiles) else 0
-    reader = _Reader(split, batches, draws)
+    reader = _Reader(split, batches, draws, corners)
     loader: Any = DataLoader(
         reader,
         batch_size=None,

@@ -23,7 +23,7 @@ from PIL import Image
 
 from vhabl.data.features import as_features, as_labels, content_ids, require_same
 from vhabl.data.images import ImageFiles, rows_in_order
-from vhabl.data.pairs import Roles, describe_images, picture_side
+from vhabl.data.pairs import Roles, describe_images, pictures
 from vhabl.errors import fail, plural
 from vhabl.files import open_array
 from vhabl.settings import DataConfig, EncoderConfig
@@ -71,7 +71,8 @@ def load_arrays(path: Path, config: DataConfig, encoder: EncoderConfig) -> Roles
     if images[0].ndim == 4 and encoder.name == "features":
         image = _described(Pictures(images))
     elif images[0].ndim == 4:
-        image = _pixels(Pictures(images), config, encoder)
+        store = pictures(Pictures(images), config, encoder, ImageArrays)
+        image = Rows(store.in_memory(), np.arange(sum(map(len, images))))
     elif encoder.name == "features":
         image = _joined(path, {name: as_features(file(name), arrays[name]) for name in IMAGES})
     else:
@@ -105,8 +106,8 @@ def _open(file: Path) -> np.ndarray:
 
 
 def _check_images(file: Path, values: np.ndarray) -> None:
-    pictures = values.ndim == 4 and values.shape[3] == 3 and values.dtype == np.uint8
-    if values.ndim != 2 and not pictures:
+    of_pixels = values.ndim == 4 and values.shape[3] == 3 and values.dtype == np.uint8
+    if values.ndim != 2 and not of_pixels:
         fail(
             file,
             f"shape {values.shape} of type {values.dtype}",
@@ -114,15 +115,10 @@ def _check_images(file: Path, values: np.ndarray) -> None:
         )
 
 
-def _described(pictures: Pictures) -> np.ndarray:
+def _described(images: Pictures) -> np.ndarray:
     """Descriptors of all pictures."""
-    chunks = rows_in_order(len(pictures), CHUNK)
-    return np.concatenate([describe_images([pictures[row] for row in rows]) for rows in chunks])
-
-
-def _pixels(pictures: Pictures, config: DataConfig, encoder: EncoderConfig) -> Rows:
-    store = ImageArrays(pictures, picture_side(encoder), encoder.squeeze, config.workers)
-    return Rows(store.in_memory(), np.arange(len(pictures)))
+    chunks = rows_in_order(len(images), CHUNK)
+    return np.concatenate([describe_images([images[row] for row in rows]) for rows in chunks])
 
 
 class Pictures(Sequence[Image.Image]):

@@ -139,16 +139,15 @@ def describe_images(files: Sequence[Path | Image.Image]) -> np.ndarray:
 
 
 def pictures(
-    files: Sequence[Path | Image.Image], config: DataConfig, encoder: EncoderConfig
+    files: Sequence[Path | Image.Image],
+    config: DataConfig,
+    encoder: EncoderConfig,
+    kind: type[ImageFiles] = ImageFiles,
 ) -> ImageFiles:
     """Images as the pixels that an encoder takes, read when they are indexed."""
-    return ImageFiles(files, picture_side(encoder), encoder.squeeze, config.workers)
-
-
-def picture_side(encoder: EncoderConfig) -> int:
-    """Side of the pictures that an encoder of pixels is given."""
     size = cnn.SIDE if encoder.name == "cnn" else openclip.picture_size(encoder.model)
-    return encoder.resize or size
+    crop = size if encoder.augment else 0
+    return kind(files, encoder.resize or size, encoder.squeeze, config.workers, crop)
 
 
 def _tokens(pairs: Pairs, encoder: EncoderConfig) -> tuple[Rows, list[str]]:
