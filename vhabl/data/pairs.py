@@ -147,8 +147,9 @@ def pictures(
 
 def picture_side(encoder: EncoderConfig) -> int:
     """Side of the pictures that an encoder of pixels is given."""
-    size = cnn.SIDE if encoder.name == "cnn" else openclip.picture_size(encoder.model)
-    return encoder.resize or size
+    if encoder.name == "cnn":
+        return encoder.resize or encoder.side or cnn.SIDE
+    return encoder.resize or openclip.picture_size(encoder.model)
 
 
 def _tokens(pairs: Pairs, encoder: EncoderConfig) -> tuple[Rows, list[str]]:
