@@ -72,7 +72,7 @@ def test_the_mean_of_weights_is_weighted_by_a_power_of_the_update() -> None:
         ("vh_abl", ["optim.averaging=0", "model.net.dropout=0.3"]),
         ("vh_abl", ["optim.averaging=2", "model.net.dropout=0.3"]),
         ("cmcl", ["optim.averaging=0"]),  # has a memory of all training items
-        ("hq", []),  # and dictionaries
+        ("hq", ["model.begin=3"]),  # and dictionaries, that begin later
     ],
 )
 @pytest.mark.parametrize("epochs_before", [1, 2, 3, 4, 5])

@@ -54,8 +54,8 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
     tasks: {"fused": codes}, or {"i2t": codes, "t2i": codes} where the query of i2t and the database
     of t2i are the images' codes. The .npz holds the same arrays packed, with `bits`.
 
-    Where texts have other labels than images, q_l and r_l are those of the images, and q_l_txt and
-    r_l_txt those of the texts. Codes made from the labels that judge them have the key
+    Where texts have other labels than images, q_l and r_l are those of the images, and q_txt_l and
+    r_txt_l those of the texts. Codes made from the labels that judge them have the key
     `oracle_labels` in both.
     """
     first = next(iter(tasks.values()))
@@ -71,7 +71,7 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
             "r_txt": i2t.database,
         }
         labels = {"q_l": i2t.query_labels, "r_l": t2i.database_labels}  # of images
-        of_texts = {"q_l_txt": t2i.query_labels, "r_l_txt": i2t.database_labels}
+        of_texts = {"q_txt_l": t2i.query_labels, "r_txt_l": i2t.database_labels}
         if not all(map(np.array_equal, labels.values(), of_texts.values())):
             labels |= of_texts
     if first.oracle_labels:
@@ -101,8 +101,8 @@ def load(path: Path) -> dict[str, Codes]:
         tasks = {"fused": ("val_B", "retrieval_B")}
     elif {"q_img", "q_txt", "r_img", "r_txt"} <= arrays.keys():
         judges = {"q_img": "q_l", "q_txt": "q_l", "r_img": "r_l", "r_txt": "r_l"}
-        if "q_l_txt" in arrays or "r_l_txt" in arrays:
-            judges |= {"q_txt": "q_l_txt", "r_txt": "r_l_txt"}
+        if "q_txt_l" in arrays or "r_txt_l" in arrays:
+            judges |= {"q_txt": "q_txt_l", "r_txt": "r_txt_l"}
         tasks = {
             "i2t": ("q_img", "r_txt"),
             "t2i": ("q_txt", "r_img"),
