@@ -1211,7 +1211,7 @@ def test_texts_in_another_order_keep_their_labels(
 
 @pytest.mark.parametrize("kind", ["features", "pairs"])
 def test_training_texts_in_a_seeded_order(kind: str, tmp_path: Path) -> None:
-    """The order of the release, on data that come as pairs: nothing but the training texts moves."""
+    """The order of the release, on data that come as pairs: only the training texts move."""
     if kind == "features":
         config, encoder = features_config(write_feature_file(tmp_path / "f.mat")), EncoderConfig()
     else:  # pixels and tokens, which stay where they are

@@ -101,8 +101,9 @@ def test_hq_as_published_trains_on_arrays_of_its_release(tmp_path: Path) -> None
     run = runs.load(Path("run"))
     assert not run.method.spec.paired and run.fingerprint == data.fingerprint
     views = [run.method.encode(s.inputs(), 16) for s in (data.query, data.database)]
+    asked = "HQ (published)", "mAP@all", 16, "index"
     values = {(r.task, r.database): r.value for r in rows
-              if (r.method, r.measure, r.bits, r.ties) == ("HQ (published)", "mAP@all", 16, "index")}  # fmt: skip
+              if (r.method, r.measure, r.bits, r.ties) == asked}  # fmt: skip
     saved = code_files.load(Path("codes/HQ (published)_16-mirflickr_hq_bits.mat"))
     for task, mine, theirs, judge in (
         ("i2t", "image", "text", data.database.text_labels),

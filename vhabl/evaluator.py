@@ -76,10 +76,12 @@ def batches_in_order(method: HashingMethod, split: Split) -> Iterator[Batch]:
     shares = [method.encoder.ranks.part(index) for index in rows]
     # All at once, as the host waits for each copy.
     labels = torch.from_numpy(split.labels).to(device)
+    of_texts = None if split.text_labels is None else torch.from_numpy(split.text_labels).to(device)
     index = torch.arange(len(split), device=device)
     for there, inputs in zip(rows, read(split, shares, device=device), strict=True):
         its = slice(there[0], there[-1] + 1)
-        yield Batch(inputs.to(device), labels[its].float(), index[its])
+        texts = None if of_texts is None else of_texts[its].float()
+        yield Batch(inputs.to(device), labels[its].float(), index[its], texts)
 
 
 def encode(

@@ -153,8 +153,6 @@ def _read_spec(text: str) -> DataSpec:
     sizes = (spec.image_dim, spec.text_dim, spec.classes, spec.train_items)
     if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
         raise ValueError(f"sizes {sizes}")
-    if not isinstance(spec.paired, bool):
-        raise ValueError(f"paired {spec.paired!r}")
     for names in (spec.class_names, spec.vocabulary, [spec.name]):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("names that are no texts")
