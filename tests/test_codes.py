@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,20 @@ def with_mono_modal(tasks: dict[str, Codes]) -> dict[str, Codes]:
     if "fused" in tasks:
         return tasks
     i2t, t2i = tasks["i2t"], tasks["t2i"]
-    sides = {"i2i": (i2t.query, t2i.database), "t2t": (t2i.query, i2t.database)}
-    labels = i2t.query_labels, i2t.database_labels
-    return tasks | {task: Codes(*side, *labels) for task, side in sides.items()}
+    sides = {"i2i": (i2t, t2i), "t2t": (t2i, i2t)}
+    return tasks | {
+        task: Codes(q.query, d.database, q.query_labels, d.database_labels)
+        for task, (q, d) in sides.items()
+    }
+
+
+def unpaired_tasks() -> dict[str, Codes]:
+    """Texts have other labels than images."""
+    i2t, t2i = cross_tasks().values()
+    return {
+        "i2t": replace(i2t, database_labels=labels(6, 7)),
+        "t2i": replace(t2i, query_labels=labels(4, 8)),
+    }
 
 
 def fused_arrays() -> dict[str, Any]:
@@ -138,7 +150,7 @@ def test_packing_and_unpacking_give_the_same_codes(bits: int, rows: int, seed: i
 # Files out and in
 
 
-@pytest.mark.parametrize("make", [fused_tasks, cross_tasks])
+@pytest.mark.parametrize("make", [fused_tasks, cross_tasks, unpaired_tasks])
 def test_saved_codes_load_as_the_same_codes(
     tmp_path: Path, make: Callable[[], dict[str, Codes]]
 ) -> None:
@@ -158,6 +170,18 @@ def test_cross_file_is_as_the_releases_write_it(tmp_path: Path) -> None:
     mat, npz = codes.save(tmp_path, "CMCL", "flickr25k", cross_tasks())
     assert_mat_holds(mat, cross_arrays(), code_keys=["q_img", "q_txt", "r_img", "r_txt"])
     assert mat.name == "CMCL_13-flickr25k_bits.mat" and npz.name == "CMCL_13-flickr25k_bits.npz"
+
+
+def test_a_file_has_the_labels_of_images_and_of_texts_where_they_differ(tmp_path: Path) -> None:
+    mat, _ = codes.save(tmp_path, "HQ", "mirflickr", unpaired_tasks())
+    i2t, t2i = unpaired_tasks().values()
+    of_texts = {"q_txt_l": t2i.query_labels, "r_txt_l": i2t.database_labels}
+    assert_mat_holds(mat, cross_arrays() | of_texts, ["q_img", "q_txt", "r_img", "r_txt"])
+    content = scipy.io.loadmat(mat)
+    del content["q_txt_l"]
+    scipy.io.savemat(tmp_path / "part.mat", {k: v for k, v in content.items() if k[0] != "_"})
+    with pytest.raises(VhablError, match=r"part\.mat: key q_txt_l: found nothing"):
+        codes.load(tmp_path / "part.mat")
 
 
 def assert_mat_holds(path: Path, arrays: dict[str, np.ndarray], code_keys: list[str]) -> None:
@@ -299,7 +323,7 @@ def assert_load_fails(path: Path, parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mat", ".npz"])
-@pytest.mark.parametrize("make", [fused_tasks, cross_tasks])
+@pytest.mark.parametrize("make", [fused_tasks, cross_tasks, unpaired_tasks])
 def test_a_truncated_file_is_named(
     tmp_path: Path, suffix: str, make: Callable[[], dict[str, Codes]]
 ) -> None:

@@ -317,6 +317,21 @@ def test_bad_feature_files(feature_file: Path, how: str, message: str, command) 
     assert not Path("checkpoint").exists() and not Path("flickrhashcode").exists()
 
 
+def test_texts_in_another_order_are_refused_where_pairs_are_needed(
+    feature_file: Path, command
+) -> None:
+    given = training(feature_file, "data.text_order=10")
+    code, _, err = command(train.main, *given)
+    assert code == 2 and one_message(err).endswith(
+        "data set wiki: found texts in another order than the images; expected pairs, which VH-ABL "
+        "needs: image i and text i of one item"
+    )
+    code, _, err = command(baselines.main, *given[3:6], "data.text_order=10")
+    assert code == 2 and "expected pairs, which a row on both needs" in one_message(err)
+    code, _, err = command(train.main, *training(feature_file, "data.text_order=-2"))
+    assert code == 2 and "key data.text_order: found -2; expected -1, or a seed" in err
+
+
 def test_missing_data_says_where_it_comes_from(command) -> None:
     for data, parts in (
         ("mirflickr_cnn", ("mir_cnn_twt.mat: found no such file", "I_tr")),
@@ -335,6 +350,7 @@ def test_a_publications_own_split_is_chosen_by_the_recipe(command) -> None:
         (RECIPE.replace("vh_abl", "pghmh"), "own", "dataset/flickr25k_all"),
         (RECIPE.replace("vh_abl", "cmcl"), "own", "dataset/flickr25k:"),
         (RECIPE.replace("vh_abl", "hq_alexnet"), "own", "dataset/mirflickr_hq"),
+        (RECIPE.replace("vh_abl", "hq_published"), "own", "dataset/mirflickr_hq"),
     ):
         code, _, err = command(
             train.main, "--config", recipe, "data=mirflickr", f"protocol={protocol}"

@@ -15,6 +15,7 @@ from vhabl.config import build_method
 from vhabl.data import load as load_data
 from vhabl.evaluator import (
     Record,
+    batches_in_order,
     code_tasks,
     measure,
     own_positions,
@@ -153,6 +154,10 @@ def test_searches_by_dictionaries(feature_file: Path, monkeypatch: pytest.Monkey
     assert {(r.ties, r.seed, r.database) for r in rows} == {("real", 3, "all")}
     assert [found[f"Mine ({kind})", "i2t", 16, "bytes an item"]
             for kind in ("lossless", "quantised", "two-stage")] == [64, 0.75, 2.75]  # fmt: skip
+    for kind in ("lossless", "quantised", "two-stage"):
+        both = [found[f"Mine ({kind})", "i2t", 16, f"mAP@50/hits{name}"]
+                for name in ("", " (queries with a hit)")]  # fmt: skip
+        assert both[0] == both[1] > 0  # 60 items of 4 classes: no query is without a hit
     query, database = (relaxed_codes(method, s, [16])[16] for s in (data.query, data.database))
     centres = method.codebook(16)
     assert centres is not None
@@ -230,6 +235,55 @@ def test_cross_tasks_search_the_other_modality(model: tuple[VHABL, Dataset]) -> 
     for task in tasks.values():
         assert task.query_labels is data.query.labels
         assert task.database_labels is data.database.labels
+
+
+def test_images_and_texts_are_judged_by_their_own_labels(model: tuple[VHABL, Dataset]) -> None:
+    """Of a database whose texts stand in another order than its images."""
+    _, data = model
+    turned = data.database.labels[::-1]
+    unpaired = replace(data, database=replace(data.database, text_labels=turned))
+    views = [{v: np.ones((2, 3)) for v in ("image", "text")} for _ in range(2)]
+    tasks = to_tasks(views[0], views[1], unpaired)
+    assert tasks["i2t"].database_labels is turned
+    assert tasks["t2i"].database_labels is data.database.labels
+    assert tasks["i2t"].query_labels is tasks["t2i"].query_labels is data.query.labels
+    flipped = replace(data, query=replace(data.query, text_labels=1 - data.query.labels))
+    tasks = to_tasks(views[0], views[1], flipped)
+    assert tasks["i2t"].query_labels is data.query.labels
+    assert np.array_equal(tasks["t2i"].query_labels, 1 - data.query.labels)
+
+
+def test_records_of_texts_in_another_order(feature_file: Path) -> None:
+    """Every record is what it would be with database texts in the images' order and the codes in
+    theirs: codes, validation, real-valued searches, and the part that was not trained on.
+    """
+    config = small_config(feature_file, "hq", "model.dropout=0", "bits=[16]")
+    data = load_data(config.data)
+    data = replace(data, train=data.train.take(np.arange(20)))
+    torch.manual_seed(0)
+    method = build_method(config, data.spec).eval()
+    method.calibrate(batches_in_order(method, data.train))
+    order = np.concatenate([np.arange(20)[::-1], 20 + np.random.default_rng(0).permutation(40)])
+    texts = data.database.take(order)
+    unpaired = replace(data.database, text=texts.text, text_labels=texts.labels)
+    other = replace(data, database=unpaired)
+
+    def all_of(some: Dataset) -> dict[tuple[object, ...], float]:
+        found = code_tasks(method, some, [16])
+        rows = records("X", some, found, 0) + real_valued_records(method, some, [16], 0)
+        keys = [(r.method, r.task, r.measure, r.database) for r in rows]
+        assert ("X", "i2t", "mAP@all", "without_train") in keys
+        values = {k: r.value for k, r in zip(keys, rows, strict=True)}
+        return values | {("validation",): validation_score(method, some, [16])}
+
+    found, expected = all_of(other), all_of(data)
+    exact = [k for k in expected if k[0] in ("X", "HQ (lossless)") and "50" not in str(k)]
+    assert len(exact) > 6
+    assert {k: found[k] for k in exact} == pytest.approx({k: expected[k] for k in exact}, rel=1e-9)
+    assert found["validation",] == pytest.approx(expected["validation",], rel=1e-9)
+    as_pairs = all_of(replace(data, database=replace(unpaired, text_labels=None)))
+    task = "X", "i2t", "mAP@all", "all"
+    assert abs(as_pairs[task] - expected[task]) > 0.01
 
 
 def test_the_validation_score_is_the_mean_over_lengths_and_tasks(

@@ -690,42 +690,105 @@ def hq(feature_file: Path, *overrides: str) -> tuple[HQ, Dataset, Batch]:
     torch.manual_seed(0)
     method = build_method(config, data.spec)
     assert isinstance(method, HQ)
-    labels = torch.from_numpy(data.train.labels).float()
-    method.prepare(labels)
     rows = torch.tensor([3, 50, 11, 7, 29])
-    return method, data, Batch(data.train.inputs(rows.numpy()), labels[rows], rows)
+    method.prepare(torch.from_numpy(data.train.labels).float())
+    return method, data, batch_of(data, rows)
+
+
+def batch_of(data: Dataset, rows: torch.Tensor) -> Batch:
+    """Training items as the trainer gives them."""
+    train = data.train.take(rows.numpy())
+    texts = None if train.text_labels is None else torch.from_numpy(train.text_labels).float()
+    return Batch(train.inputs(), torch.from_numpy(train.labels).float(), rows, texts)
 
 
 @torch.no_grad()
-def test_the_loss_of_hq_by_its_formulas(feature_file: Path) -> None:
+@pytest.mark.parametrize("given", [[], ["model.pairs=rows", "data.text_order=10"]])
+def test_the_loss_of_hq_by_its_formulas(feature_file: Path, given: list[str]) -> None:
     """Pair by pair and bit by bit, before there are dictionaries and with them."""
-    method, data, batch = hq(feature_file)
-    everything = Batch(data.train.inputs(), torch.from_numpy(data.train.labels).float(),
-                       torch.arange(len(data.train)))  # fmt: skip
+    method, data, batch = hq(feature_file, "model.weights.balance=0.01", *given)
+    everything = batch_of(data, torch.arange(len(data.train)))
     w = method.settings.weights
+    of_images = batch.labels.tolist()
+    of_texts = data.train.labels_of_texts[batch.index].tolist()
+    pairs = [(i, i) for i in range(5)] if given else [(i, j) for i in range(5) for j in range(5)]
+    similar = {(i, j): any(a * b for a, b in zip(of_images[i], of_texts[j], strict=True))
+               for i, j in pairs}  # fmt: skip
+    assert set(similar.values()) == {True, False}
     for begun in (False, True):
         found = {name: float(value) for name, value in method.loss(batch).items()}
         expected = dict.fromkeys(("similarity", "hash", "balance", "quantisation"), 0.0)
         for k, views in method.relax_lengths(batch.inputs, [8, 16]).items():
             f, g = views["image"].tolist(), views["text"].tolist()
-            pairs = [
-                math.log1p(math.exp(s)) - (s if float(batch.labels[i] @ batch.labels[j]) else 0)
-                for i in range(5) for j in range(5)
+            losses = [
+                math.log1p(math.exp(s)) - s * similar[i, j]
+                for i, j in pairs
                 for s in [sum(a * b for a, b in zip(f[i], g[j], strict=True))]
-            ]  # fmt: skip
-            expected["similarity"] += w.similarity * sum(pairs) / 25
-            rows = np.array(f + g)
-            expected["hash"] += w.hash * np.mean((rows - np.where(rows >= 0, 1, -1)) ** 2)
-            expected["balance"] += w.balance * np.mean(rows.mean(axis=0) ** 2)
+            ]
+            expected["similarity"] += w.similarity * sum(losses) / len(pairs)
+            for side in (f, g):
+                squares = [(x - (1 if x >= 0 else -1)) ** 2 for row in side for x in row]
+                expected["hash"] += w.hash * sum(squares) / len(squares)
+            rows = f + g
+            means = [sum(row[bit] for row in rows) / 10 for bit in range(k)]
+            expected["balance"] += w.balance * sum(m * m for _ in rows for m in means)
             if begun:
                 numbers = [*batch.index.tolist(), *(batch.index + 60).tolist()]
                 codes = method.get_buffer(f"codes_{k}")[numbers].tolist()
-                near = [sum(c[j] for c, j in zip(method.codebook(k), code, strict=True)).numpy()
+                near = [sum(c[j] for c, j in zip(method.codebook(k), code, strict=True)).tolist()
                         for code in codes]  # fmt: skip
-                expected["quantisation"] += w.quantisation * np.mean((rows - np.array(near)) ** 2)
+                expected["quantisation"] += w.quantisation * sum(
+                    (x - y) ** 2 for row, c in zip(rows, near, strict=True)
+                    for x, y in zip(row, c, strict=True)
+                )  # fmt: skip
         assert found == pytest.approx(expected, rel=1e-4)
         method.loss(everything)
         method.after_epoch()
+
+
+@torch.no_grad()
+def test_plain_branches_of_hq_by_their_formulas(feature_file: Path) -> None:
+    """Images go straight to the feature; texts through one layer of `dim` and a ReLU."""
+    method, data, batch = hq(feature_file, "model.branches=plain", "data.scale=none")
+    weights = {name: tensor.double().numpy() for name, tensor in method.state_dict().items()}
+    image, text = data.train.image[batch.index], data.train.text[batch.index]
+    hidden = np.maximum(
+        text @ weights["branches.text.0.weight"].T + weights["branches.text.0.bias"], 0
+    )
+    assert hidden.shape == (5, 16) and (hidden == 0).any()
+    found = method.relax_lengths(batch.inputs, [8])[8]
+    for view, x in (("image", image), ("text", hidden)):
+        name = f"features.{view}.8"
+        expected = x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+        np.testing.assert_allclose(found[view].numpy(), expected, rtol=1e-5, atol=1e-5)
+    dropped, _, _ = hq(feature_file, "model.branches=plain", "model.dropout=0.5")
+    hidden = dropped.train().hidden(batch.inputs)["text"]
+    assert 0.6 < float((hidden == 0).float().mean()) < 0.95  # of them a half by the ReLU
+
+
+def test_pairs_of_rows_need_texts_in_another_order(feature_file: Path) -> None:
+    with pytest.raises(VhablError, match=r"key model.pairs: found"):
+        hq(feature_file, "model.pairs=rows")
+
+
+@pytest.mark.parametrize("name", ["cmcl", "vh_abl", "hiamh", "pghmh", "nested_mlp"])
+def test_other_methods_refuse_texts_in_another_order(feature_file: Path, name: str) -> None:
+    config = small_config(feature_file, name, "data.text_order=10")
+    data = load_data(config.data)
+    with pytest.raises(VhablError, match="data set wiki: found texts in another order than the im"):
+        build_method(config, data.spec)
+
+
+@torch.no_grad()
+def test_dictionaries_begin_after_the_epochs_asked_for(feature_file: Path) -> None:
+    method, data, _ = hq(feature_file, "model.begin=2")
+    everything = batch_of(data, torch.arange(len(data.train)))
+    begun = []
+    for _ in range(3):
+        method.loss(everything)
+        method.after_epoch()
+        begun.append((float(method.begun), bool((method.codebook(16) != 0).any())))
+    assert begun == [(0, False), (1, True), (1, True)]
 
 
 @torch.no_grad()
@@ -734,8 +797,7 @@ def test_dictionaries_of_hq_serve_images_and_texts(
 ) -> None:
     """What an epoch saw of both; at the end what the trained network gives, which they fit best."""
     method, data, _ = hq(feature_file, "model.centres=4")
-    batch = Batch(data.train.inputs(), torch.from_numpy(data.train.labels).float(),
-                  torch.arange(len(data.train)))  # fmt: skip
+    batch = batch_of(data, torch.arange(len(data.train)))
     method.loss(batch)
     assert method.begun == 0 and (method.codebook(16) == 0).all()
     method.after_epoch()
@@ -763,6 +825,9 @@ def test_dictionaries_of_hq_serve_images_and_texts(
     [
         ("model.dim=0", "key model.dim: found 0; expected at least 1"),
         ("model.dictionaries=0", "key model.dictionaries: found 0; expected at least 1"),
+        ("model.begin=0", "key model.begin: found 0; expected at least 1"),
+        ("model.branches=deep", "key model.branches: found 'deep'; expected residual or plain"),
+        ("model.pairs=some", "key model.pairs: found 'some'; expected all or rows"),
         ("model.centres=1", "key model.centres: found 1; expected 2 to 65536"),
         ("model.dropout=1", "key model.dropout: found 1.0; expected 0 up to"),
     ],

@@ -40,6 +40,7 @@ from vhabl.metrics.measures import (
     ap_first,
     ap_hits,
     ap_min,
+    ap_of_hits,
     empty_ball,
     first_match_rank,
     ndcg_at,
@@ -355,6 +356,8 @@ IDEAL = 3 + 1 / LOG3 + 1 / 2  # gains 3 1 1 in the best order
 BY_HAND: list[Row] = [
     (lambda t: ap_all(t, "index"), (1 / 2 + 2 / 3 + 3 / 5) / 3, math.nan),
     (lambda t: ap_hits(t, 1), 0, math.nan),  # no hit within the first rank
+    (lambda t: ap_of_hits(t, 1), math.nan, math.nan),
+    (lambda t: ap_of_hits(t, 3), (1 / 2 + 2 / 3) / 2, math.nan),
     (lambda t: ap_hits(t, 2), 1 / 2, math.nan),
     (lambda t: ap_hits(t, 3), (1 / 2 + 2 / 3) / 2, math.nan),
     (lambda t: ap_hits(t, 100), (1 / 2 + 2 / 3 + 3 / 5) / 3, math.nan),
@@ -544,9 +547,11 @@ def test_named_measures_use_their_cut_offs() -> None:
     expected = {
         "mAP@all": precisions.mean(),
         "mAP@50/hits": precisions[0],
+        "mAP@50/hits (queries with a hit)": precisions[0],
         "mAP@50/min": precisions[0] / 6,
         "mAP@first-50-relevant": precisions.mean(),
         "mAP@5000/hits": precisions[:5].mean(),
+        "mAP@5000/hits (queries with a hit)": precisions[:5].mean(),
         "mAP@5000/min": precisions[:5].sum() / 6,
         "mAP@first-5000-relevant": precisions.mean(),
         "precision@100": 3 / 100,
@@ -693,6 +698,23 @@ def test_a_match_beyond_the_cut_off_is_a_zero_among_the_matched() -> None:
     measure = Measure("mAP@1/hits", "index", lambda t: ap_hits(t, 1), 1)
     (value,) = evaluate(HAND, (measure,))
     assert (value.value, value.value_matched_only, value.queries_without_match) == (0, 0, 1)
+
+
+def test_queries_without_a_hit_count_as_zero_or_are_left_out() -> None:
+    """60 items at distances 0 ... 59 and three queries: hits at ranks 1 and 50, a hit at rank 51
+    alone, no relevant item. The means over 3, over the 2 with a match, and over the 1 with a hit.
+    """
+    triangle = np.where(np.arange(60) < np.arange(60)[:, None], -1, 1).astype(np.int8)
+    items = np.zeros((60, 2), np.uint8)
+    items[[0, 49], 0] = items[50, 1] = 1
+    queries = np.array([[1, 0], [0, 1], [0, 0]], np.uint8)
+    codes = Codes(np.ones((3, 60), np.int8), triangle, queries, items)
+    found = {v.measure: v for v in evaluate(codes, MEASURES) if v.measure.startswith("mAP@50/hits")}
+    one = (1 / 1 + 2 / 50) / 2
+    zero, left_out = found["mAP@50/hits"], found["mAP@50/hits (queries with a hit)"]
+    assert [zero.value, zero.value_matched_only] == pytest.approx([one / 3, one / 2])
+    assert [left_out.value, left_out.value_matched_only] == pytest.approx([one, one])
+    assert left_out.ties == "index" and left_out.queries == 3
 
 
 def test_no_query_with_a_match_gives_zero() -> None:

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import CNN, pair_overrides, write_feature_file, write_pair_folder
+from helpers import (
+    CNN,
+    pair_overrides,
+    picture_arrays,
+    write_arrays,
+    write_feature_file,
+    write_pair_folder,
+)
 
+from vhabl import codes as code_files
 from vhabl import runs, train
-from vhabl.config import build_method, load, recipes
+from vhabl.config import CONFIG_DIR, build_method, load, recipes
 from vhabl.data import load as load_data
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
@@ -71,6 +79,46 @@ def test_a_recipe_runs_whole(recipe: Path, tmp_path: Path) -> None:
             run.method.encode(data.query.inputs(), other)
 
 
+def test_hq_as_published_trains_on_arrays_of_its_release(tmp_path: Path) -> None:
+    """Normalised pictures, words, and training texts in another order; each side has its labels."""
+    arrays = picture_arrays(train=60)
+    order = np.random.RandomState(10).permutation(60)
+    for name in ("train_text", "train_text_label"):
+        arrays[name] = arrays[name][order]
+    for name in ("train_image", "vali_image", "test_image"):
+        scaled = arrays[name] / 255 - np.array([0.485, 0.456, 0.406])
+        arrays[name] = (scaled / np.array([0.229, 0.224, 0.225])).astype(np.float32)
+    folder = write_arrays(tmp_path / "arrays", arrays)
+    config = load(
+        CONFIG_DIR / "hq_published.yaml",
+        ["data=mirflickr", "protocol=own", f"data.path={folder}", "data.class_names=[]", "epochs=3",
+         "validation.every=1", "encoder.weights=", "bits=[8,16]", "model.dim=16", "device=cpu",
+         "model.centres=8", "codes=codes", "out=run"],
+    )  # fmt: skip
+    assert config.data.name == "mirflickr_hq" and config.data.text_order == -1
+    data = load_data(config.data, config.encoder)
+    rows = train.train(config, data, progress_bar=False)
+    run = runs.load(Path("run"))
+    assert not run.method.spec.paired and run.fingerprint == data.fingerprint
+    views = [run.method.encode(s.inputs(), 16) for s in (data.query, data.database)]
+    asked = "HQ (published)", "mAP@all", 16, "index"
+    values = {(r.task, r.database): r.value for r in rows
+              if (r.method, r.measure, r.bits, r.ties) == asked}  # fmt: skip
+    saved = code_files.load(Path("codes/HQ (published)_16-mirflickr_hq_bits.mat"))
+    for task, mine, theirs, judge in (
+        ("i2t", "image", "text", data.database.text_labels),
+        ("t2i", "text", "image", data.database.labels),
+    ):
+        found = []
+        for code, labels in zip(views[0][mine], data.query.labels, strict=True):
+            distance = (views[1][theirs] != code).sum(dim=1).numpy()
+            hit = (judge[np.argsort(distance, kind="stable")] @ labels) > 0
+            ranks = np.flatnonzero(hit) + 1
+            found.append((np.arange(1, len(ranks) + 1) / ranks).mean())
+        assert values[task, "all"] == pytest.approx(np.mean(found))
+        assert np.array_equal(saved[task].database_labels, judge)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_gradients_reach_every_parameter(recipe: Path, tmp_path: Path) -> None:
     """No part of a model is in no loss, as the importance network is in the release."""
@@ -81,7 +129,8 @@ def test_gradients_reach_every_parameter(recipe: Path, tmp_path: Path) -> None:
     # item that loses its modality.
     for _ in range(4):
         labels = torch.from_numpy(data.train.labels).float()
-        batch = Batch(data.train.inputs(), labels, torch.arange(len(labels)))
+        texts = torch.from_numpy(data.train.labels_of_texts).float()
+        batch = Batch(data.train.inputs(), labels, torch.arange(len(labels)), texts)
         optimizer.zero_grad()
         torch.stack(list(method.loss(batch).values())).sum().backward()
         optimizer.step()

@@ -1154,6 +1154,40 @@ def test_a_network_gives_its_second_connected_layer(
     assert torch.equal(encoder(kept).image, found.image)
 
 
+@torch.no_grad()
+def test_a_network_as_published_by_hq(folder: Path, tiny_alexnet: None) -> None:
+    """Pictures of 227, what the last ReLU gives as it is, and words of 0 and 1."""
+    given = ["encoder.side=227", "encoder.standardise=false", "encoder.tune=all", "data.scale=none"]
+    config, data = cnn_data(folder, *given)
+    torch.manual_seed(0)
+    encoder = build_method(config, data.spec).encoder
+    assert isinstance(encoder, CnnEncoder)
+    encoder.fit(data.train, config.data.scale)
+    inputs = data.query.inputs()
+    assert inputs.image.shape[1:] == (3, 227, 227)
+    mean, spread = (torch.tensor(v).view(3, 1, 1) for v in (cnn.MEAN, cnn.SPREAD))
+    pixels = (inputs.image / 255 - mean) / spread
+    torch.manual_seed(0)
+    whole: Any = TinyAlexNet().eval()
+    whole.load_state_dict(encoder.network.state_dict(), strict=False)
+    second = whole.classifier[:6](whole.avgpool(whole.features(pixels)).flatten(1))
+    for mode in (True, False):  # no batch enters an item's vector, in training neither
+        for part in encoder.train(mode).modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.eval()
+        found = encoder(inputs)
+        assert torch.allclose(found.image, second.clamp(min=0), atol=1e-5)
+        assert torch.equal(found.text, inputs.text) and set(found.text.unique().tolist()) == {0, 1}
+    assert second.std() > 0.01
+    resized = cnn_data(folder, *given, "encoder.resize=256")[1].query.inputs().image
+    assert resized.shape[2:] == (256, 256) and encoder._cut(resized).shape[2:] == (227, 227)
+    with pytest.raises(VhablError, match=r"key encoder.resize: found 226; expected 0, or at least"):
+        config, data = cnn_data(folder, *given, "encoder.resize=226")
+        build_method(config, data.spec)
+    with pytest.raises(VhablError, match=r"key encoder.side: found 63; expected 0 or a side"):
+        cnn_data(folder, "encoder.side=63")
+
+
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "second"), [("alexnet", 5), ("vgg16", 4)])

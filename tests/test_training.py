@@ -22,6 +22,7 @@ from vhabl.data import validation_split
 from vhabl.errors import Stopped, VhablError
 from vhabl.evaluator import batches_in_order, code_tasks
 from vhabl.files import alone
+from vhabl.methods.hq import HQ
 from vhabl.methods.nested_mlp import NestedMLP
 from vhabl.optim import WeightMean, build_optimizer, clip_gradients, set_rate
 from vhabl.settings import OptimConfig
@@ -72,7 +73,7 @@ def test_the_mean_of_weights_is_weighted_by_a_power_of_the_update() -> None:
         ("vh_abl", ["optim.averaging=0", "model.net.dropout=0.3"]),
         ("vh_abl", ["optim.averaging=2", "model.net.dropout=0.3"]),
         ("cmcl", ["optim.averaging=0"]),  # has a memory of all training items
-        ("hq", []),  # and dictionaries
+        ("hq", ["model.begin=3"]),  # and dictionaries, that begin later
     ],
 )
 @pytest.mark.parametrize("epochs_before", [1, 2, 3, 4, 5])
@@ -108,6 +109,30 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     resumed = Trainer(override(part, ["resume=true"]), data, False)
     assert same(expected, weights(resumed.run()))
     assert resumed.progress.history == whole.progress.history
+
+
+def test_batches_have_the_labels_of_images_and_of_texts(
+    feature_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both phases, and of the items in order: text i of the order that was drawn."""
+    config = small_config(feature_file, "hq", "data.text_order=10", "model.pairs=rows", "epochs=2")
+    data, pairs = load_data(config.data), load_data(small_config(feature_file, "hq").data)
+    order = np.random.RandomState(10).permutation(60)
+    seen: list[Batch] = []
+    real = HQ.loss
+    monkeypatch.setattr(HQ, "loss", lambda self, batch: seen.append(batch) or real(self, batch))
+    trainer = Trainer(config, data, False)
+    method = trainer.run()
+    final = seen[-4 * trainer.progress.best_epoch :]
+    drawn = sorted(row for batch in final for row in batch.index.tolist())
+    assert drawn == sorted([*range(60)] * trainer.progress.best_epoch)
+    for batch in [*final, *batches_in_order(method, data.train)]:
+        rows = batch.index.numpy()
+        assert batch.text_labels is not None
+        assert np.array_equal(batch.labels.numpy(), pairs.train.labels[rows])
+        assert np.array_equal(batch.text_labels.numpy(), pairs.train.labels[order[rows]])
+        assert np.array_equal(batch.inputs.text.numpy(), pairs.train.text[order[rows]])
+    assert len(seen) > len(final) and all(batch.text_labels is not None for batch in seen)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -173,6 +173,7 @@ def baseline_records(data: Dataset, lengths: Sequence[int], seed: int) -> list[R
     """Rows of all baselines, measured as every method is: for the fused task, and for the two
     cross-modal ones.
     """
+    data.spec.need_pairs("a row on both")
     features = Features(data)
     train, query, database = (features(s) for s in (data.train, data.query, data.database))
     sides = [np.split(x, [features.image], axis=1) for x in (train, query, database)]

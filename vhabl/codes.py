@@ -54,7 +54,9 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
     tasks: {"fused": codes}, or {"i2t": codes, "t2i": codes} where the query of i2t and the database
     of t2i are the images' codes. The .npz holds the same arrays packed, with `bits`.
 
-    Codes made from the labels that judge them have the key `oracle_labels` in both.
+    Where texts have other labels than images, q_l and r_l are those of the images, and q_txt_l and
+    r_txt_l those of the texts. Codes made from the labels that judge them have the key
+    `oracle_labels` in both.
     """
     first = next(iter(tasks.values()))
     if "fused" in tasks:
@@ -68,7 +70,10 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
             "r_img": t2i.database,
             "r_txt": i2t.database,
         }
-        labels = {"q_l": first.query_labels, "r_l": first.database_labels}
+        labels = {"q_l": i2t.query_labels, "r_l": t2i.database_labels}  # of images
+        of_texts = {"q_txt_l": t2i.query_labels, "r_txt_l": i2t.database_labels}
+        if not all(map(np.array_equal, labels.values(), of_texts.values())):
+            labels |= of_texts
     if first.oracle_labels:
         labels[_ORACLE] = np.array(1, np.uint8)
     mat = folder / mat_name(title, first.bits, data)
@@ -85,15 +90,19 @@ def save(folder: Path, title: str, data: str, tasks: dict[str, Codes]) -> list[P
 def load(path: Path) -> dict[str, Codes]:
     """Read a code file in the releases' .mat layouts or a packed .npz: {task: Codes}.
 
-    A fused file has one task; a cross file has i2t and t2i, and the mono-modal i2i and t2t.
+    A fused file has one task; a cross file has i2t and t2i, and the mono-modal i2i and t2t, in
+    which images and texts are judged by their own labels where the file has both (`save`).
 
     Raises VhablError where a key is missing, a code is not +-1 (or 0/1), or sizes disagree.
     """
     arrays = read_npz(path) if path.suffix == ".npz" else read_mat(path)
     if "val_B" in arrays and "retrieval_B" in arrays:
-        needed, tasks = ("L_te", "L_db"), {"fused": ("val_B", "retrieval_B")}
+        judges = {"val_B": "L_te", "retrieval_B": "L_db"}
+        tasks = {"fused": ("val_B", "retrieval_B")}
     elif {"q_img", "q_txt", "r_img", "r_txt"} <= arrays.keys():
-        needed = ("q_l", "r_l")
+        judges = {"q_img": "q_l", "q_txt": "q_l", "r_img": "r_l", "r_txt": "r_l"}
+        if "q_txt_l" in arrays or "r_txt_l" in arrays:
+            judges |= {"q_txt": "q_txt_l", "r_txt": "r_txt_l"}
         tasks = {
             "i2t": ("q_img", "r_txt"),
             "t2i": ("q_txt", "r_img"),
@@ -102,16 +111,14 @@ def load(path: Path) -> dict[str, Codes]:
         }
     else:
         fail(path, f"keys {', '.join(sorted(arrays)) or 'none'}", _LAYOUT)
+    needed = dict.fromkeys(judges.values())
     for key in needed:
         if key not in arrays:
             fail(f"{path}: key {key}", "nothing", _LAYOUT)
-    query_labels, database_labels = (_labels(path, k, arrays[k]) for k in needed)
-    if query_labels.shape[1] != database_labels.shape[1]:
-        fail(
-            f"{path}: keys {needed[0]} and {needed[1]}",
-            f"{query_labels.shape[1]} and {database_labels.shape[1]} classes",
-            "the same number",
-        )
+    labels = {key: _labels(path, key, arrays[key]) for key in needed}
+    if len({values.shape[1] for values in labels.values()}) > 1:
+        classes = " and ".join(str(values.shape[1]) for values in labels.values())
+        fail(f"{path}: keys {' and '.join(labels)}", f"{classes} classes", "the same number")
     result = {}
     for task, (query_key, database_key) in tasks.items():
         query = _codes(path, query_key, arrays[query_key])
@@ -122,14 +129,15 @@ def load(path: Path) -> dict[str, Codes]:
                 f"{query.shape[1]} and {database.shape[1]} bits",
                 "the same number",
             )
-        for key, codes, labels in (
+        query_labels, database_labels = labels[judges[query_key]], labels[judges[database_key]]
+        for key, codes, rows in (
             (query_key, query, query_labels),
             (database_key, database, database_labels),
         ):
-            if len(codes) != len(labels):
+            if len(codes) != len(rows):
                 fail(
                     f"{path}: key {key}",
-                    f"{len(codes)} codes for {len(labels)} label rows",
+                    f"{len(codes)} codes for {len(rows)} label rows",
                     "as many",
                 )
         oracle = _ORACLE in arrays

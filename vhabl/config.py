@@ -200,8 +200,12 @@ def describe_keys(method: str | None) -> str:
 
 
 def build_method(config: Config, spec: DataSpec, pretrained: bool = True) -> HashingMethod:
-    """The method of a configuration, untrained; `pretrained` as in `encoders.build`."""
+    """The method of a configuration, untrained; `pretrained` as in `encoders.build`. Raises
+    VhablError where it needs pairs that the data set has not.
+    """
     kind = methods.get(config.method)
+    if kind.pairs:
+        spec.need_pairs(kind.title)
     encoder = encoders.build(config.encoder, spec, kind.tokens, pretrained)
     method = kind(spec, config.bits, config.model, encoder)
     method.oracle_labels = config.oracle_labels
@@ -444,6 +448,8 @@ def _check_data(data: DataConfig) -> None:
     scales = ("standard", "global", "none")
     _require(data.scale in scales, "data.scale", data.scale, " | ".join(scales))
     _require(data.workers >= 0, "data.workers", data.workers, "0 or more")
+    order = data.text_order
+    _require(-1 <= order < 2**32, "data.text_order", order, "-1, or a seed from 0 to 2^32 - 1")
     plain = data.name not in ("", ".", "..") and not set("/\\\0") & set(data.name)
     _require(plain, "data.name", data.name, "a name that can be part of a path")
 
@@ -456,6 +462,8 @@ def _check_encoder(e: EncoderConfig) -> None:
     tune = e.tune in ("frozen", "all") or (e.tune.isdecimal() and int(e.tune) > 0)
     _require(tune, "encoder.tune", e.tune, "frozen | all | a number of blocks or layers")
     _require(0 <= e.lr < math.inf, "encoder.lr", e.lr, "0 or more")
+    side = e.side == 0 or 64 <= e.side <= 4096
+    _require(side, "encoder.side", e.side, "0 or a side from 64 to 4096 pixels")
     _require(0 <= e.resize <= 4096, "encoder.resize", e.resize, "0 or a side up to 4096 pixels")
     _require(e.words >= 3, "encoder.words", e.words, "at least 3 tokens")
     _require(e.precision in ("auto", "float32"), "encoder.precision", e.precision, "auto | float32")

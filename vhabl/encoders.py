@@ -222,21 +222,22 @@ class CnnEncoder(PixelEncoder):
 
     `tune` says how much of the network is trained: nothing, the last N of its layers that have
     weights, or all. What comes before is frozen: it is in evaluation mode always, and its outputs
-    can be kept (`frozen`). The picture's vector is standardised by running statistics, the text
-    as features are.
+    can be kept (`frozen`). The picture's vector is standardised by running statistics (without
+    `standardise` it stays as the last ReLU gives it), the text as features are.
     """
 
     batch = 32  # the first layers of VGG need 25 MB for each picture
 
     def __init__(self, config: EncoderConfig, spec: DataSpec, pretrained: bool = True) -> None:
-        super().__init__(config, cnn.SIDE, (cnn.MEAN, cnn.SPREAD))
+        super().__init__(config, config.side or cnn.SIDE, (cnn.MEAN, cnn.SPREAD))
         weights = config.weights if pretrained else ""
         self.network = cnn.build_network(config.model, weights, "encoder.weights=")
         parts: Any = self.network
         layers = [*parts.features, parts.avgpool, nn.Flatten(), *parts.classifier]
         weighted = [n for n, layer in enumerate(layers) if list(layer.parameters())]
         self.image_dim, self.text_dim = layers[weighted[-1]].out_features, spec.text_dim
-        self.norm = nn.BatchNorm1d(self.image_dim, affine=False)
+        norm = nn.BatchNorm1d(self.image_dim, affine=False)
+        self.norm = norm if config.standardise else nn.Identity()
         self.bag = FeatureScaling(spec, ("text",))
 
         known = {"frozen": 0, "all": len(weighted)}

@@ -19,6 +19,7 @@ from vhabl.methods.base import HashingMethod
 from vhabl.metrics import (
     HEADLINE,
     MEASURES,
+    WITH_HIT,
     Value,
     code_statistics,
     curves,
@@ -75,10 +76,12 @@ def batches_in_order(method: HashingMethod, split: Split) -> Iterator[Batch]:
     shares = [method.encoder.ranks.part(index) for index in rows]
     # All at once, as the host waits for each copy.
     labels = torch.from_numpy(split.labels).to(device)
+    of_texts = None if split.text_labels is None else torch.from_numpy(split.text_labels).to(device)
     index = torch.arange(len(split), device=device)
     for there, inputs in zip(rows, read(split, shares, device=device), strict=True):
         its = slice(there[0], there[-1] + 1)
-        yield Batch(inputs.to(device), labels[its].float(), index[its])
+        texts = None if of_texts is None else of_texts[its].float()
+        yield Batch(inputs.to(device), labels[its].float(), index[its], texts)
 
 
 def encode(
@@ -152,13 +155,17 @@ def to_tasks(
     data: Dataset,
     oracle_labels: bool = False,
 ) -> dict[str, Codes]:
-    """The retrieval tasks that a method's views serve: fused, or i2t and t2i."""
-    rest = data.query.labels, data.database.labels, oracle_labels
+    """The retrieval tasks that a method's views serve: fused, or i2t and t2i. Images are judged by
+    their labels and texts by theirs, where these differ.
+    """
+    of_images = data.query.labels, data.database.labels
+    of_texts = data.query.labels_of_texts, data.database.labels_of_texts
     if "fused" in query:
-        return {"fused": Codes(query["fused"], database["fused"], *rest)}
+        return {"fused": Codes(query["fused"], database["fused"], *of_images, oracle_labels)}
+    i2t, t2i = (of_images[0], of_texts[1]), (of_texts[0], of_images[1])
     return {
-        "i2t": Codes(query["image"], database["text"], *rest),
-        "t2i": Codes(query["text"], database["image"], *rest),
+        "i2t": Codes(query["image"], database["text"], *i2t, oracle_labels),
+        "t2i": Codes(query["text"], database["image"], *t2i, oracle_labels),
     }
 
 
@@ -239,10 +246,11 @@ def real_valued_records(
     """mAP of searches by more than binary codes, one order of the whole database for each query.
 
     By the cosine of relaxed codes, before the sign: what binarising costs. Of a method with
-    dictionaries also mAP@50/hits, and the bytes that an item takes: by the real features of query
-    and database (lossless), by a query's feature and an item's centres (quantised), and by these
-    among the `SHORTLIST` items of the smallest Hamming distance (two-stage), the others behind them
-    by distance. keep_own: as in `records`; title: as tables name the method.
+    dictionaries also both means of mAP@50/hits, and the bytes that an item takes: by the real
+    features of query and database (lossless), by a query's feature and an item's centres
+    (quantised), and by these among the `SHORTLIST` items of the smallest Hamming distance
+    (two-stage), the others behind them by distance. keep_own: as in `records`; title: as tables
+    name the method.
     """
     own = own_positions(data.query.ids, data.database.ids)
     kind, left_out = _own_items(own, keep_own)
@@ -250,7 +258,7 @@ def real_valued_records(
         relaxed_codes(method, split, lengths) for split in (data.query, data.database)
     )
     quantised = method.codebook(method.bits) is not None
-    names = ("mAP@all", "mAP@50/hits") if quantised else ("mAP@all",)
+    names = ("mAP@all", "mAP@50/hits", f"mAP@50/hits{WITH_HIT}") if quantised else ("mAP@all",)
     asked = tuple(m for m in MEASURES if m.name in names and m.ties == "index")
     rows: list[Record] = []
     for bits in lengths:

@@ -24,6 +24,11 @@ class DataConfig:
         "npy (arrays of images, texts and labels, as HQ has them)"
     )
     path: str = key("the feature file, the folder of the pair or array files, or the table")
+    text_order: int = key(
+        "seed of a fixed order in which training texts stand against the training images, as HQ's "
+        "release trains; -1 leaves them pairs",
+        -1,
+    )
     scale: str = key(
         "scaling measured on the training items: standard (each feature) | "
         "global (one factor a modality) | none",
@@ -77,6 +82,10 @@ class EncoderConfig:
     )
     lr: float = key("clip, cnn: learning rate of what is tuned there; 0 is optim.lr", 1e-6)
     words: int = key("clip: tokens of a caption that are read, its two ends included", 32)
+    side: int = key("cnn: side of the pictures that the network takes; 0 is 224", 0)
+    standardise: bool = key(
+        "cnn: standardise what the network gives of a picture by running statistics", True
+    )
     resize: int = key(
         "clip, cnn: length to which the short side of images is resized; 0 is the network's own", 0
     )

@@ -146,6 +146,10 @@ class Trainer:
         method.encoder.fit(self.train, config.data.scale)
         self.method = method
         self.labels = torch.from_numpy(self.train.labels).float().to(self.device)
+        of_texts = self.train.text_labels
+        self.text_labels = (
+            None if of_texts is None else torch.from_numpy(of_texts).float().to(self.device)
+        )
         self.method.prepare(self.labels)
         # What is small against a device's memory stays there for the whole phase.
         drawn = self._has_choices() or self._has_crops()
@@ -212,7 +216,8 @@ class Trainer:
             batches[-2:] = [torch.cat(batches[-2:])]
         total: dict[str, torch.Tensor] = {}
         for number, (rows, inputs) in enumerate(self._inputs(batches)):
-            batch = Batch(inputs, self.labels[rows], rows)
+            of_texts = None if self.text_labels is None else self.text_labels[rows]
+            batch = Batch(inputs, self.labels[rows], rows, of_texts)
             done = self.progress.epoch + number / len(batches)
             set_rate(self.optimizer, self.config.optim, done / self.config.epochs)
             terms = self.method.loss(batch)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vhabl.errors import fail
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -74,11 +76,20 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Batch:
-    """A training batch: inputs, labels [B, C] float32 in {0, 1}, the items' training rows [B]."""
+    """A training batch: inputs, labels [B, C] float32 in {0, 1}, the items' training rows [B].
+
+    text_labels: those of the texts, where image i and text i are not one item; then `labels` are
+    those of the images.
+    """
 
     inputs: Inputs
     labels: Tensor
     index: Tensor
+    text_labels: Tensor | None = None
+
+    @property
+    def labels_of_texts(self) -> Tensor:
+        return self.labels if self.text_labels is None else self.text_labels
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class DataSpec:
     pictures, the length of texts in tokens.
     class_names: in label order, empty where the data set does not name them.
     vocabulary: the words that a bag of words counts, in its order; empty for other texts.
+    paired: image i and text i are one item in every role.
     """
 
     name: str
@@ -98,6 +110,16 @@ class DataSpec:
     train_items: int
     class_names: Sequence[str] = ()
     vocabulary: Sequence[str] = ()
+    paired: bool = True
+
+    def need_pairs(self, what: str) -> None:
+        """Raise VhablError where images and texts are not pairs; what: who needs them."""
+        if not self.paired:
+            fail(
+                f"data set {self.name}",
+                "texts in another order than the images",
+                f"pairs, which {what} needs: image i and text i of one item",
+            )
 
 
 class Store(Protocol):
@@ -165,13 +187,19 @@ class Split:
 
     ids identify an item across splits, so that "database without the training items" is exact;
     image and text: features [N, d], or pixels and token ids as in `Inputs`; labels [N, C] uint8 in
-    {0, 1}.
+    {0, 1}; text_labels: those of the texts, where image i and text i are not one item: then
+    `labels` are those of the images.
     """
 
     ids: np.ndarray
     image: np.ndarray | Rows
     text: np.ndarray | Rows
     labels: np.ndarray
+    text_labels: np.ndarray | None = None
+
+    @property
+    def labels_of_texts(self) -> np.ndarray:
+        return self.labels if self.text_labels is None else self.text_labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -182,7 +210,9 @@ class Split:
         def part(x: np.ndarray | Rows) -> np.ndarray | Rows:
             return x.take(rows) if isinstance(x, Rows) else x[rows]
 
-        return Split(self.ids[rows], part(self.image), part(self.text), self.labels[rows])
+        of_texts = None if self.text_labels is None else self.text_labels[rows]
+        labels = self.labels[rows], of_texts
+        return Split(self.ids[rows], part(self.image), part(self.text), *labels)
 
     @property
     def bytes(self) -> int:
@@ -240,6 +270,7 @@ class Dataset:
             train_items=len(self.train),
             class_names=self.class_names,
             vocabulary=self.vocabulary,
+            paired=all(s.text_labels is None for s in (self.train, self.database, self.query)),
         )
 
 

@@ -48,6 +48,8 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
         class_names = pairs.class_names
         roles = to_splits(pairs, config, encoder)
     train, database, query = roles.splits
+    if config.text_order >= 0:
+        train = _in_text_order(train, config.text_order)
     classes = train.labels.shape[1]
     if class_names and len(class_names) != classes:
         found = f"{len(class_names)} names"
@@ -68,6 +70,14 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
         tuple(class_names),
         roles.vocabulary,
     )
+
+
+def _in_text_order(train: Split, seed: int) -> Split:
+    """Training items whose texts stand in another order than the images, drawn as HQ's release does
+    (NumPy's legacy generator). An item keeps its image, id and place.
+    """
+    texts = train.take(np.random.RandomState(seed).permutation(len(train)))
+    return replace(train, text=texts.text, text_labels=texts.labels_of_texts)
 
 
 def items(config: DataConfig, unlabelled: bool = False) -> Pairs:
@@ -99,7 +109,8 @@ class Collection:
 
 def collection(config: DataConfig, encoder: EncoderConfig) -> Collection:
     """All pairs of a data set, with or without a label, or the database of a feature file or of
-    arrays, as an encoder takes it. Raises VhablError as `load` does.
+    arrays, as an encoder takes it. Raises VhablError as `load` does, and for a database whose items
+    are not pairs.
     """
     if config.has_files:
         pairs = items(config, unlabelled=True)
@@ -107,6 +118,8 @@ def collection(config: DataConfig, encoder: EncoderConfig) -> Collection:
         return Collection(pairs.ids, pairs.files, pairs.captions, pairs.labels, list(names))
     data = load(config, encoder)
     found = data.database
+    if found.text_labels is not None:
+        fail(config.path, "database texts in another order than the images", "pairs to show")
     ids = [f"item {number + 1}" for number in range(len(found))]
     names = list(data.class_names) or _numbers(found.labels)
     return Collection(ids, found.image, found.text[:], found.labels, names)
@@ -155,6 +168,8 @@ def _fingerprint(*splits: Split) -> str:
     for split in splits:
         digest.update(repr((split.image.shape, split.text.shape, split.labels.shape)).encode())
         digest.update(np.packbits(split.labels).tobytes())
+        if split.text_labels is not None:
+            digest.update(np.packbits(split.text_labels).tobytes())
         for part in (split.image, split.text):
             rows = rows_in_order(len(split), 4096)
             if isinstance(part, Rows) and isinstance(part.store, ImageFiles):

@@ -1,7 +1,12 @@
 """HQ's layout: a folder of arrays, `{train,vali,test}_{image,text}.npy` and their labels.
 
-Images are pictures, N x h x w x 3 of uint8, or features, N x d; texts are features, such as a bag
-of words. Row i of an image file and row i of a text file are one item.
+Images are pictures, N x h x w x 3, or features, N x d; texts are features, such as a bag of words.
+Row i of an image file and row i of a text file are one item, but for training: where
+train_text_label.npy differs from train_image_label.npy, the texts stand in another order than the
+images (the release draws it with seed 10), and each side is judged by its own labels.
+
+Pictures are of 8 bits: as uint8, or as real numbers on a scale of 0 to 255 or 0 to 1, or as
+torchvision normalises them for ImageNet's networks, which whole levels prove.
 
 The training items are those of train, the queries those of test. The database is all but the
 queries, as for pairs: train and vali. (The release searches a database that holds the queries
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -21,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vhabl import cnn
 from vhabl.data.features import as_features, as_labels, content_ids, require_same
 from vhabl.data.images import ImageFiles, rows_in_order
 from vhabl.data.pairs import Roles, describe_images, pictures
@@ -40,8 +47,8 @@ def load_arrays(path: Path, config: DataConfig, encoder: EncoderConfig) -> Roles
     """Read a folder of arrays; pictures stay in their files where they are many.
 
     Raises VhablError naming the file that is missing, damaged or holds Python objects, has another
-    shape or number of rows, values that are not finite, or wrong labels; and where the labels of
-    training images and texts disagree, or the encoder takes other inputs.
+    shape or number of rows, values that are not finite, pictures on an unknown scale, or wrong
+    labels; and where the encoder takes other inputs.
     """
     if encoder.name == "clip":
         found = f"'clip' with texts that are bags of words ({config.path})"
@@ -60,38 +67,37 @@ def load_arrays(path: Path, config: DataConfig, encoder: EncoderConfig) -> Roles
         rows = {name: len(arrays[name]) for name in NAMES if name.startswith(role)}
         require_same(path, "rows", rows)
     of_images, of_texts, of_vali, of_test = (labels[name] for name in LABELS)
-    differ = np.flatnonzero((of_images != of_texts).any(axis=1))
-    if len(differ):
-        count = plural(len(differ), "such row")
-        found = f"another label than train_image_label.npy has in row {differ[0] + 1} ({count})"
-        fail(file("train_text_label"), found, "the same: image i and text i are one item")
 
     images = [arrays[name] for name in IMAGES]
     image: np.ndarray | Rows
-    if images[0].ndim == 4 and encoder.name == "features":
-        image = _described(Pictures(images))
-    elif images[0].ndim == 4:
-        store = pictures(Pictures(images), config, encoder, ImageArrays)
-        image = Rows(store.in_memory(), np.arange(sum(map(len, images))))
+    if images[0].ndim == 4:
+        every = Pictures(images, [_scale(file(name), arrays[name]) for name in IMAGES])
+        if encoder.name == "features":
+            image = _described(every)
+        else:
+            store = pictures(every, config, encoder, ImageArrays)
+            image = Rows(store.in_memory(), np.arange(len(every)))
     elif encoder.name == "features":
         image = _joined(path, {name: as_features(file(name), arrays[name]) for name in IMAGES})
     else:
         found = f"{encoder.name!r} with features ({file('train_image')})"
         fail("key encoder.name", found, "'features', or pictures N x h x w x 3")
     ids = content_ids(chain.from_iterable(images), text)
-    everything = Split(ids, image, text, np.concatenate([of_images, of_vali, of_test]))
+    rest = of_vali, of_test
+    everything = Split(ids, image, text, np.concatenate([of_images, *rest]))
+    notes = [f"vali: {plural(len(of_vali), 'item')}, in the database and in nothing else"]
+    differ = int((of_images != of_texts).any(axis=1).sum())
+    seen = everything
+    if differ:
+        seen = replace(everything, text_labels=np.concatenate([of_texts, *rest]))
+        notes.append(
+            f"train: {plural(differ, 'text')} with other labels than the image of the row: images "
+            "and texts are no pairs"
+        )
     sizes = [len(of_images), len(of_vali)]
     train, vali, test = np.split(np.arange(len(ids)), np.cumsum(sizes))
-    note = f"vali: {plural(len(vali), 'item')}, in the database and in nothing else"
-    return Roles(
-        (
-            everything.take(train),
-            everything.take(np.concatenate([train, vali])),
-            everything.take(test),
-        ),
-        (),
-        [note],
-    )
+    splits = seen.take(train), seen.take(np.concatenate([train, vali])), everything.take(test)
+    return Roles(splits, (), notes)
 
 
 def _joined(path: Path, parts: dict[str, np.ndarray]) -> np.ndarray:
@@ -106,13 +112,60 @@ def _open(file: Path) -> np.ndarray:
 
 
 def _check_images(file: Path, values: np.ndarray) -> None:
-    of_pixels = values.ndim == 4 and values.shape[3] == 3 and values.dtype == np.uint8
+    numbers = values.dtype == np.uint8 or values.dtype.kind == "f"
+    of_pixels = values.ndim == 4 and values.shape[3] == 3 and numbers
     if values.ndim != 2 and not of_pixels:
         fail(
             file,
             f"shape {values.shape} of type {values.dtype}",
-            "pictures, items x height x width x 3 of uint8, or features, items x features",
+            "pictures, items x height x width x 3 of uint8 or real numbers, or features, "
+            "items x features",
         )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What makes levels of 0 to 255 of the numbers of pictures [..., 3]: x * spread + mean."""
+
+    spread: tuple[float, ...] = (1.0,)
+    mean: tuple[float, ...] = (0.0,)
+
+    def levels(self, x: np.ndarray) -> np.ndarray:
+        return x * np.array(self.spread, np.float32) + np.array(self.mean, np.float32)
+
+
+OF_255, OF_1 = Scale(), Scale((255.0,))
+NORMALISED = Scale(*(tuple(255 * x for x in values) for values in (cnn.SPREAD, cnn.MEAN)))
+DARK = 128  # pictures of 0 to 255 none of which reaches this level may be on another scale
+OFF = 0.1  # of a level, that rounding may take numbers from a whole one
+
+
+def _scale(file: Path, values: np.ndarray) -> Scale:
+    """The scale of an array of pictures. Raises VhablError where it is none that is known, or
+    numbers are not finite.
+    """
+    if values.dtype == np.uint8:
+        return OF_255
+    least, most, off = np.inf, -np.inf, 0.0
+    for rows in rows_in_order(len(values), CHUNK):
+        some = values[rows]
+        if not np.isfinite(some).all():
+            fail(file, "numbers that are not finite", "pictures")
+        least, most = min(least, some.min()), max(most, some.max())
+        levels = NORMALISED.levels(some)
+        whole = np.clip(np.rint(levels), 0, 255)
+        off = max(off, float(np.abs(levels - whole).max()))
+    if least >= 0 and most <= 1:
+        return OF_1
+    if least >= 0 and DARK <= most <= 255:
+        return OF_255
+    if off <= OFF:
+        return NORMALISED
+    fail(
+        file,
+        f"pictures of numbers from {least:.4g} to {most:.4g}",
+        "0 to 1, 0 to 255, or levels of 0 to 255 that torchvision normalised for ImageNet",
+    )
 
 
 def _described(images: Pictures) -> np.ndarray:
@@ -124,8 +177,8 @@ def _described(images: Pictures) -> np.ndarray:
 class Pictures(Sequence[Image.Image]):
     """The pictures of several arrays [N, h, w, 3], read when they are indexed."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        self.arrays = arrays
+    def __init__(self, arrays: Sequence[np.ndarray], scales: Sequence[Scale]) -> None:
+        self.arrays, self.scales = arrays, scales
         self.first = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self) -> int:
@@ -133,7 +186,8 @@ class Pictures(Sequence[Image.Image]):
 
     def __getitem__(self, row: Any) -> Any:
         part = int(np.searchsorted(self.first, row, side="right")) - 1
-        return Image.fromarray(np.ascontiguousarray(self.arrays[part][row - self.first[part]]))
+        levels = self.scales[part].levels(self.arrays[part][row - self.first[part]])
+        return Image.fromarray(np.ascontiguousarray(np.rint(levels).astype(np.uint8)))
 
 
 class ImageArrays(ImageFiles):

@@ -145,7 +145,10 @@ def pictures(
     kind: type[ImageFiles] = ImageFiles,
 ) -> ImageFiles:
     """Images as the pixels that an encoder takes, read when they are indexed."""
-    size = cnn.SIDE if encoder.name == "cnn" else openclip.picture_size(encoder.model)
+    if encoder.name == "cnn":
+        size = encoder.side or cnn.SIDE
+    else:
+        size = openclip.picture_size(encoder.model)
     crop = size if encoder.augment else 0
     return kind(files, encoder.resize or size, encoder.squeeze, config.workers, crop)
 

@@ -27,6 +27,7 @@ class HashingMethod(nn.Module, ABC):
     title: ClassVar[str]  # as tables and code files write it
     task: ClassVar[Literal["fused", "cross"]]
     any_length: ClassVar[bool] = True  # up to K by a prefix, or only the lengths of training
+    pairs: ClassVar[bool] = True  # image i and text i of a training batch must be one item
     tokens: ClassVar[Tokens] = ""  # parts of pictures and texts that it uses, where there are any
     Settings: ClassVar[type]  # frozen dataclass of the method's own keys, `model.*`
 

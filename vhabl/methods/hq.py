@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +34,30 @@ ROUNDS = 3  # of codes and centres when training has ended
 @dataclass(frozen=True)
 class Weights:
     similarity: float = key("likelihood of similarity of images and texts", 30.0)
-    hash: float = key("mean square distance of features from their signs", 0.6)
-    balance: float = key("square of each bit's mean", 0.1)
-    quantisation: float = key("mean square distance of features from their centres", 0.1)
+    hash: float = key("mean square distance of features from their signs, images + texts", 0.3)
+    balance: float = key("square of each bit's mean, a sum over features and bits", 1e-5)
+    quantisation: float = key(
+        "square distance of features from their centres, a sum over features and bits", 1e-5
+    )
 
 
 @dataclass(frozen=True)
 class HQSettings:
-    dim: int = key("width of what both branches give", 512)
-    dropout: float = key("dropout in their residual blocks", 0.2)
+    branches: str = key(
+        "before the features: residual (Linear and a residual MLP) | plain (nothing for images; "
+        "Linear, dropout and ReLU for texts: as published)",
+        "residual",
+    )
+    dim: int = key("width of what a branch gives", 512)
+    dropout: float = key("dropout in the branches", 0.2)
+    pairs: str = key(
+        "whose similarity is learned: all (each image with each text of a batch) | rows (image i "
+        "with text i, where texts are in another order than images: as published)",
+        "all",
+    )
     dictionaries: int = key("dictionaries M of a length; an item takes M log2(centres) bits", 4)
     centres: int = key("centres of a dictionary", 256)
+    begin: int = key("epochs after which there are dictionaries", 1)
     weights: Weights = field(default_factory=Weights)
 
 
@@ -51,27 +65,43 @@ class HQ(HashingMethod):
     title = "HQ"
     task = "cross"
     any_length = False
+    pairs = False
     Settings = HQSettings
 
     begun: Tensor  # 1 where there are dictionaries, else 0
+    epochs: Tensor  # that training has finished
 
     def __init__(
         self, spec: DataSpec, bits: list[int], settings: HQSettings, encoder: Encoder
     ) -> None:
         super().__init__(spec, bits, settings, encoder)
+        if settings.pairs == "rows" and spec.paired:
+            fail(
+                "key model.pairs",
+                "'rows' with training images and texts that are pairs, which all are similar",
+                "all, or another order of the texts: data.text_order=SEED",
+            )
         dim, widths = settings.dim, {"image": encoder.image_dim, "text": encoder.text_dim}
-        self.branches = nn.ModuleDict(
+        branches: dict[str, nn.Module]
+        if settings.branches == "plain":
+            hidden = nn.Linear(widths["text"], dim), nn.Dropout(settings.dropout), nn.ReLU()
+            branches = {"image": nn.Identity(), "text": nn.Sequential(*hidden)}
+            widths["text"] = dim
+        else:
+            branches = {
+                view: nn.Sequential(nn.Linear(width, dim), ResidualMLP(dim, settings.dropout))
+                for view, width in widths.items()
+            }
+            widths = dict.fromkeys(VIEWS, dim)
+        self.branches = nn.ModuleDict(branches)
+        self.features = nn.ModuleDict(
             {
-                view: nn.Sequential(
-                    nn.Linear(widths[view], dim), ResidualMLP(dim, settings.dropout)
-                )
+                view: nn.ModuleDict({str(k): nn.Linear(widths[view], k) for k in self.lengths})
                 for view in VIEWS
             }
         )
-        self.features = nn.ModuleDict(
-            {f"{view}_{k}": nn.Linear(dim, k) for view in VIEWS for k in self.lengths}
-        )
         self.register_buffer("begun", torch.zeros(()))
+        self.register_buffer("epochs", torch.zeros(()), persistent=False)
         for k in self.lengths:
             centres = torch.zeros(settings.dictionaries, settings.centres, k)
             self.register_buffer(f"centres_{k}", centres)
@@ -81,7 +111,10 @@ class HQ(HashingMethod):
 
     @classmethod
     def check_settings(cls, settings: HQSettings) -> None:
-        for name in ("dim", "dictionaries"):
+        for name, known in (("branches", ("residual", "plain")), ("pairs", ("all", "rows"))):
+            if getattr(settings, name) not in known:
+                fail(f"key model.{name}", repr(getattr(settings, name)), " or ".join(known))
+        for name in ("dim", "dictionaries", "begin"):
             if getattr(settings, name) < 1:
                 fail(f"key model.{name}", str(getattr(settings, name)), "at least 1")
         if not 2 <= settings.centres <= 65536:
@@ -89,7 +122,7 @@ class HQ(HashingMethod):
         if not 0 <= settings.dropout < 1:
             fail("key model.dropout", str(settings.dropout), "0 up to below 1")
 
-    def embed(self, inputs: Inputs) -> dict[str, Tensor]:
+    def hidden(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the branches give, [B, D], of the modalities that there are."""
         found = self.embeddings(inputs)
         pooled = {"image": found.image, "text": found.text}
@@ -97,11 +130,9 @@ class HQ(HashingMethod):
 
     def relax_lengths(self, inputs: Inputs, lengths: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """The features of each length, which no function bounds: their signs are the code."""
-        hidden = self.embed(inputs)
-        return {
-            k: {view: self.features[f"{view}_{k}"](x) for view, x in hidden.items()}
-            for k in lengths
-        }
+        hidden = self.hidden(inputs)
+        features: Any = self.features
+        return {k: {view: features[view][str(k)](x) for view, x in hidden.items()} for k in lengths}
 
     def codebook(self, bits: int) -> Tensor:
         return self.get_buffer(f"centres_{bits}")
@@ -116,22 +147,37 @@ class HQ(HashingMethod):
             setattr(self, f"codes_{k}", codes.clone())
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        weight, y = self.settings.weights, batch.labels
-        similar = (y @ y.T > 0).to(y.dtype)  # of every image and every text of the batch
+        """Of images f and texts g [B, k] of each length, h [2B, k] both, b their signs:
+
+        - similarity: mean of log(1 + e^s) - S s, s = f_i . g_j, S = 1 where image i and text j
+          share a label; over all i and j, or those with i = j (`pairs`);
+        - hash: MSE(b_f, f) + MSE(b_g, g), means over items and bits;
+        - balance: 2B sum_k m_k^2, m_k the mean of bit k over h: what each of 2B features adds is
+          the square of m, as below it is its square distance;
+        - quantisation: |h - what its centres add up to|^2, a sum over 2B features and k bits; 0
+          while there are no dictionaries.
+        """
+        weight = self.settings.weights
+        of_images, of_texts = batch.labels, batch.labels_of_texts
+        rowwise = self.settings.pairs == "rows"
+        shared = (of_images * of_texts).sum(dim=1) if rowwise else of_images @ of_texts.T
+        similar = (shared > 0).to(shared.dtype)  # (B,) or (B, B)
         items = len(self.get_buffer(f"seen_{self.bits}")) // 2
         terms: dict[str, Tensor] = {}
         for k, views in self.relax_lengths(batch.inputs, self.lengths).items():
-            products = views["image"] @ views["text"].T  # (B, B)
+            f, g = views["image"], views["text"]
+            products = (f * g).sum(dim=1) if rowwise else f @ g.T
             similarity = (F.softplus(products) - similar * products).mean()
-            h = torch.cat([views["image"], views["text"]])
+            h = torch.cat([f, g])
             rows = torch.cat([batch.index, batch.index + items])
             self.get_buffer(f"seen_{k}")[rows] = h.detach()
             centres = codebooks.rebuild(self.get_buffer(f"codes_{k}")[rows], self.codebook(k))
             parts = {
                 "similarity": weight.similarity * similarity,
-                "hash": weight.hash * F.mse_loss(h, binarise(h.detach())),
-                "balance": weight.balance * h.mean(dim=0).square().mean(),
-                "quantisation": self.begun * weight.quantisation * F.mse_loss(h, centres),
+                # Twice the mean over both: a sum of two means.
+                "hash": weight.hash * 2 * F.mse_loss(h, binarise(h.detach())),
+                "balance": weight.balance * len(h) * h.mean(dim=0).square().sum(),
+                "quantisation": self.begun * weight.quantisation * (h - centres).square().sum(),
             }
             for name, value in parts.items():
                 terms[name] = terms.get(name, 0) + value
@@ -139,7 +185,10 @@ class HQ(HashingMethod):
 
     @torch.no_grad()
     def after_epoch(self) -> None:
-        """Dictionaries and codes of what the epoch saw."""
+        """Dictionaries and codes of what the epoch saw, once it is time for them."""
+        self.epochs += 1
+        if self.epochs < self.settings.begin:
+            return
         for k in self.lengths:
             seen = self.get_buffer(f"seen_{k}")
             setattr(self, f"codes_{k}", self._renew(k, seen, 1))

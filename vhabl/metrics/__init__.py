@@ -17,6 +17,7 @@ from vhabl.metrics.hamming import hamming_distances
 from vhabl.metrics.measures import (
     HEADLINE,
     MEASURES,
+    WITH_HIT,
     Measure,
     Ties,
     average_precision,
@@ -28,6 +29,7 @@ from vhabl.metrics.significance import permutation_test
 __all__ = [
     "HEADLINE",
     "MEASURES",
+    "WITH_HIT",
     "Kernel",
     "Measure",
     "Ties",

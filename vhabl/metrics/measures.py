@@ -138,10 +138,14 @@ def ap_all(tally: Tally, ties: Ties) -> np.ndarray:
 
 def ap_hits(tally: Tally, cut: int) -> np.ndarray:
     """mAP@R/hits: mean precision at the hits within the first R ranks; without a hit 0."""
-    hits = tally.sums("hits", cut)
-    return np.where(
-        tally.total > 0, np.nan_to_num(_divide(tally.sums("precision", cut), hits)), np.nan
-    )
+    return np.where(tally.total > 0, np.nan_to_num(ap_of_hits(tally, cut)), np.nan)
+
+
+def ap_of_hits(tally: Tally, cut: int) -> np.ndarray:
+    """As `ap_hits`, and not defined (NaN) for a query without a hit within the first R ranks: the
+    mean over the others is what HQ's release reports.
+    """
+    return _divide(tally.sums("precision", cut), tally.sums("hits", cut))
 
 
 def ap_min(tally: Tally, ties: Ties, cut: int) -> np.ndarray:
@@ -296,10 +300,17 @@ def _with_ties(name: str, function: Callable[..., np.ndarray], cut: int) -> list
     ]
 
 
+WITH_HIT = " (queries with a hit)"  # how the name of a mean ends that leaves out the others
+
+
 def cut_off_measures(cut: int) -> list[Measure]:
-    """The three cut-off forms of mAP at R = k = cut."""
+    """The three cut-off forms of mAP at R = k = cut; of mAP@R/hits also the mean over the queries
+    that have a hit within the first R.
+    """
+    with_hit = partial(ap_of_hits, cut=cut)
     return [
         Measure(f"mAP@{cut}/hits", "index", partial(ap_hits, cut=cut), cut),
+        Measure(f"mAP@{cut}/hits{WITH_HIT}", "index", with_hit, cut, counted_as_zero=False),
         *_with_ties(f"mAP@{cut}/min", ap_min, cut),
         Measure(f"mAP@first-{cut}-relevant", "index", partial(ap_first, cut=cut), cut),
     ]
