@@ -61,6 +61,9 @@ def test_a_table_has_means_and_deviations_over_seeds() -> None:
     ]  # fmt: skip
     assert texts(table, "B")[3:] == ["1", "0.6100", "0.6200", ""]
     assert table.caption == "mAP@all, expected order of ties; 7 queries"
+    said = "± standard deviation over the seeds, as many as their column says"
+    assert said in table.footnotes()
+    assert said not in Table([r for r in ROWS if r.seed == 0]).footnotes()
 
 
 def test_a_length_of_its_own_makes_no_column() -> None:

@@ -113,6 +113,8 @@ class Table:
     def footnotes(self) -> list[str]:
         """What the marks of the table mean."""
         lines = [f"[{number}] {note}" for number, note in enumerate(self.notes, 1)]
+        if any(row.deviation(bits) is not None for row in self.rows for bits in row.values):
+            lines.append("± standard deviation over the seeds, as many as their column says")
         if any(cell.below for row in self.rows for cell in self.cells(row)):
             lines.append(
                 f"{BELOW} below the labels that a linear classifier predicts, taken as a code"
