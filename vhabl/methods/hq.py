@@ -35,9 +35,9 @@ ROUNDS = 3  # of codes and centres when training has ended
 class Weights:
     similarity: float = key("likelihood of similarity of images and texts", 30.0)
     hash: float = key("mean square distance of features from their signs, images + texts", 0.3)
-    balance: float = key("square of each bit's mean, a sum over features and bits", 1e-5)
+    balance: float = key("square of each bit's mean, a sum over features and bits", 3e-6)
     quantisation: float = key(
-        "square distance of features from their centres, a sum over features and bits", 1e-5
+        "square distance of features from their centres, a sum over features and bits", 3e-6
     )
 
 
