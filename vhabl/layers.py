@@ -243,8 +243,35 @@ class CodeMemory(nn.Module):
         return (self.labels @ labels.T > 0).to(labels.dtype)
 
 
+class PlainNet(nn.Module):
+    """Image and text to relaxed codes [B, K] in [-1, 1]: a layer of width D for each modality, a
+    joint one, Linear(D -> K), tanh. A layer is Linear, BatchNorm, ReLU, Dropout.
+    """
+
+    def __init__(self, image_dim: int, text_dim: int, dim: int, bits: int, dropout: float) -> None:
+        super().__init__()
+
+        def layer(width: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(width, dim), nn.BatchNorm1d(dim), nn.ReLU(), Dropout(dropout)
+            )
+
+        self.image, self.text = layer(image_dim), layer(text_dim)
+        self.head = nn.Sequential(layer(2 * dim), nn.Linear(dim, bits), nn.Tanh())
+
+    def forward(self, inputs: Embeddings) -> Tensor:
+        joint = torch.cat([self.image(inputs.image), self.text(inputs.text)], dim=1)  # (B, 2D)
+        h: Tensor = self.head(joint)
+        return h
+
+
 @dataclass(frozen=True)
 class FusedNetSettings:
+    network: str = key(
+        "of a member: deep (branches, attention, fusion as the other keys say) | plain (one layer "
+        "of width dim for each modality and a joint one)",
+        "deep",
+    )
     members: int = key("independent networks that share out the bits of a code", 1)
     dim: int = key("width D of the modality features", 256)
     image_hidden: int = key("width of the image branch's hidden layer", 2048)
@@ -264,6 +291,8 @@ class FusedNetSettings:
 
     def check(self) -> None:
         """Raise VhablError where a value cannot be used."""
+        if self.network not in ("deep", "plain"):
+            fail("key model.net.network", repr(self.network), "deep or plain")
         if self.activation not in ACTIVATIONS:
             fail("key model.net.activation", repr(self.activation), " or ".join(ACTIVATIONS))
         for name in ("dropout", "modality_dropout"):
@@ -358,7 +387,10 @@ class FusedHashNet(nn.Module):
         count = min(settings.members, bits)
         self.shares = [len(range(first, bits, count)) for first in range(count)]
         self.members = nn.ModuleList(
-            FusedMember(image_dim, text_dim, classes, share, settings) for share in self.shares
+            PlainNet(image_dim, text_dim, settings.dim, share, settings.dropout)
+            if settings.network == "plain"
+            else FusedMember(image_dim, text_dim, classes, share, settings)
+            for share in self.shares
         )
         turns = torch.cat([torch.arange(first, bits, count) for first in range(count)])
         self.register_buffer("order", turns.argsort())

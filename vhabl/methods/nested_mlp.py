@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vhabl import losses
 from vhabl.encoders import Encoder
 from vhabl.errors import fail
-from vhabl.layers import Dropout
+from vhabl.layers import PlainNet
 from vhabl.methods.base import HashingMethod, check_nesting, stand_in
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
@@ -38,16 +37,10 @@ class NestedMLP(HashingMethod):
         self, spec: DataSpec, bits: list[int], settings: NestedMLPSettings, encoder: Encoder
     ) -> None:
         super().__init__(spec, bits, settings, encoder)
-        dim = settings.dim
-
-        def layer(width: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Linear(width, dim), nn.BatchNorm1d(dim), nn.ReLU(), Dropout(settings.dropout)
-            )
-
         self.stand_in = stand_in(encoder, settings.modality_dropout)
-        self.image, self.text = layer(encoder.image_dim), layer(encoder.text_dim)
-        self.head = nn.Sequential(layer(2 * dim), nn.Linear(dim, self.bits), nn.Tanh())
+        self.net = PlainNet(
+            encoder.image_dim, encoder.text_dim, settings.dim, self.bits, settings.dropout
+        )
         self.prefixes = losses.doubling_lengths(settings.shortest, self.bits)
 
     @classmethod
@@ -60,9 +53,7 @@ class NestedMLP(HashingMethod):
                 fail(f"key model.{name}", str(getattr(settings, name)), "0 up to below 1")
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        found = self.embeddings(inputs)
-        joint = torch.cat([self.image(found.image), self.text(found.text)], dim=1)  # (B, 2D)
-        return {"fused": self.head(joint)}  # (B, K)
+        return {"fused": self.net(self.embeddings(inputs))}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         target = losses.TARGETS[self.settings.target](batch.labels)
