@@ -140,7 +140,7 @@ def test_hierarchical_weights_fall_whatever_theta_is(feature_file: Path) -> None
 
 def fused_net(members: int, bits: int) -> FusedHashNet:
     torch.manual_seed(0)
-    settings = FusedNetSettings(members, dim=8, image_hidden=8, text_hidden=8)
+    settings = FusedNetSettings(members=members, dim=8, image_hidden=8, text_hidden=8)
     return FusedHashNet(12, 9, 4, bits, settings).eval()
 
 
@@ -151,6 +151,31 @@ def test_members_take_the_bits_in_turn() -> None:
     for member, bits in zip(net.members, net.member_bits(), strict=True):
         assert torch.equal(h[:, bits], member(inputs))
     assert len(fused_net(5, 3).members) == 3  # no member without a bit
+
+
+def test_a_plain_member_by_its_formula() -> None:
+    """A layer for each modality, a joint one, and the codes; BatchNorm by running statistics."""
+    torch.manual_seed(0)
+    settings = FusedNetSettings(network="plain", members=2, dim=6)
+    member = FusedHashNet(4, 3, 5, 8, settings).eval().members[1]
+    for name, buffer in member.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2)
+    weights = {name: tensor.double().numpy() for name, tensor in member.state_dict().items()}
+
+    def layer(x: np.ndarray, name: str) -> np.ndarray:
+        x = x @ weights[f"{name}.0.weight"].T + weights[f"{name}.0.bias"]
+        x = (x - weights[f"{name}.1.running_mean"]) / np.sqrt(
+            weights[f"{name}.1.running_var"] + 1e-5
+        )
+        return np.maximum(x * weights[f"{name}.1.weight"] + weights[f"{name}.1.bias"], 0)
+
+    image, text = torch.randn(7, 4), torch.randn(7, 3)
+    parts = [layer(image.numpy(), "image"), layer(text.numpy(), "text")]
+    joint = layer(np.concatenate(parts, axis=1), "head.0")
+    expected = np.tanh(joint @ weights["head.1.weight"].T + weights["head.1.bias"])
+    found = member(Inputs(image, text)).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_members_keep_their_bits_when_the_code_is_reordered() -> None:
