@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from vhabl import baselines, errors, importance, runs, train
 from vhabl import eval as evaluation
-from vhabl.config import load_baselines
+from vhabl.config import CONFIG_DIR, load, load_baselines, recipes
 from vhabl.data import load as load_data
 from vhabl.report import __main__ as report
 from vhabl.settings import DataConfig, EncoderConfig
@@ -486,10 +486,27 @@ def test_a_second_set_up_does_nothing_and_the_scripts_name_wrong_arguments() -> 
         assert wrong.returncode == 2 and "expected some of:" in wrong.stderr
         wrong = bash(script, "--protocol", "mine")
         assert wrong.returncode == 2 and "found 'mine'; expected common or own" in wrong.stderr
-        assert "--protocol own trains each method" in bash(script, "--help").stdout
+        told = " ".join(bash(script, "--help").stdout.split())
+        assert "common trains our recipes on one split" in told
+        assert "own trains the published recipes (configs/<method>_published.yaml)" in told
+        assert "set -e" not in told  # the text ends where the program begins
     if (ROOT / ".venv" / "vhabl-setup").exists():
         again = bash("scripts/setup.sh")
         assert again.returncode == 0 and again.stderr == "" and again.stdout == ""
+
+
+def test_every_published_recipe_is_trained_on_the_split_of_its_publication() -> None:
+    script = (ROOT / "scripts" / "reproduce.sh").read_text(encoding="utf-8")
+    (own,) = re.findall(r"== own \]\]; then\s+recipes=\(([^)]*)\)", script)
+    published = {p.stem for p in recipes() if p.stem.endswith("_published")}
+    assert set(own.split()) == published
+    methods = {"vh_abl", "hiamh", "cmcl", "hq", "pghmh"}
+    assert published == {f"{method}_published" for method in methods}
+    for name in published:
+        for data in ("mirflickr", "nuswide"):
+            config = load(CONFIG_DIR / f"{name}.yaml", [f"data={data}", "protocol=own"])
+            assert config.variant == "published" and config.title.endswith(" (published)")
+            assert config.data.name.startswith(data)
 
 
 def test_a_difference_of_two_runs_is_a_less_b(
