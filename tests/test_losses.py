@@ -92,15 +92,24 @@ def loop_nested_similarity(h: Rows, target: Rows) -> float:
     return mean([loop_similarity([row[:m] for row in h], target) for m in LENGTHS])
 
 
+def loop_class_shares(logits: Rows, y: Rows) -> float:
+    values = []
+    for row, own in zip(logits, y, strict=True):
+        total = sum(math.exp(x) for x in row)
+        parts = [-math.log(math.exp(row[c]) / total) for c in range(len(own)) if own[c]]
+        values.append(mean(parts) if parts else 0.0)
+    return mean(values)
+
+
 def loop_nested_classification(h: Rows, weight: Rows, bias: list[float], y: Rows) -> float:
     values = []
     for m in LENGTHS:
-        for row, own in zip(h, y, strict=True):
-            scale = math.sqrt(len(row) / m)
-            logits = [scale * dot(row[:m], v[:m]) + b for v, b in zip(weight, bias, strict=True)]
-            total = sum(math.exp(x) for x in logits)
-            parts = [-math.log(math.exp(logits[c]) / total) for c in range(len(own)) if own[c]]
-            values.append(mean(parts) if parts else 0.0)
+        scale = math.sqrt(BITS / m)
+        logits = [
+            [scale * dot(row[:m], v[:m]) + b for v, b in zip(weight, bias, strict=True)]
+            for row in h
+        ]
+        values.append(loop_class_shares(logits, y))
     return mean(values)
 
 
@@ -197,6 +206,7 @@ LOSSES: dict[str, Callable[[Case], Tensor]] = {
     "nested_classification": lambda c: losses.nested_classification(
         c.h, c.weight, c.bias, c.y, LENGTHS
     ),
+    "class_shares": lambda c: losses.class_shares(c.h @ c.weight.T + c.bias, c.y),
     "multi_similarity": lambda c: losses.multi_similarity(c.h, c.y),
     "classification": lambda c: losses.classification(c.h @ c.weight.T + c.bias, c.y),
     "centre_contrast": lambda c: losses.centre_contrast(c.h, c.centres, c.y),
@@ -221,6 +231,7 @@ def loop(name: str, case: Case) -> float:
         ),
         "nested_similarity": lambda: loop_nested_similarity(h, loop_target(y, "cosine")),
         "nested_classification": lambda: loop_nested_classification(h, weight, bias, y),
+        "class_shares": lambda: loop_class_shares(logits, y),
         "multi_similarity": lambda: loop_multi_similarity(h, y),
         "classification": lambda: loop_classification(logits, y),
         "centre_contrast": lambda: loop_centre_contrast(h, centres, y),

@@ -146,10 +146,10 @@ def fused_net(members: int, bits: int) -> FusedHashNet:
 
 def test_members_take_the_bits_in_turn() -> None:
     net, inputs = fused_net(3, 8), Inputs(torch.randn(5, 12), torch.randn(5, 9))
-    h = net(inputs)
+    h, _ = net(inputs)
     assert [b.tolist() for b in net.member_bits()] == [[0, 3, 6], [1, 4, 7], [2, 5]]
     for member, bits in zip(net.members, net.member_bits(), strict=True):
-        assert torch.equal(h[:, bits], member(inputs))
+        assert torch.equal(h[:, bits], member(inputs)[0])
     assert len(fused_net(5, 3).members) == 3  # no member without a bit
 
 
@@ -174,22 +174,22 @@ def test_a_plain_member_by_its_formula() -> None:
     parts = [layer(image.numpy(), "image"), layer(text.numpy(), "text")]
     joint = layer(np.concatenate(parts, axis=1), "head.0")
     expected = np.tanh(joint @ weights["head.1.weight"].T + weights["head.1.bias"])
-    found = member(Inputs(image, text)).detach().numpy()
+    found = member(Inputs(image, text))[0].detach().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_members_keep_their_bits_when_the_code_is_reordered() -> None:
     net, inputs = fused_net(3, 8), Inputs(torch.randn(5, 12), torch.randn(5, 9))
-    before = net(inputs)
+    before, _ = net(inputs)
     for _ in range(2):
         order = torch.randperm(8)
         net.reorder(order)
-        after = net(inputs)
+        after, _ = net(inputs)
         assert torch.equal(after, before[:, order])
         before = after
         for member, bits in zip(net.members, net.member_bits(), strict=True):
             assert bits.tolist() == sorted(bits.tolist())
-            own = member(inputs)
+            own = member(inputs)[0]
             assert torch.equal(after[:, bits].sort(dim=1).values, own.sort(dim=1).values)
 
 
@@ -345,7 +345,7 @@ def test_a_member_takes_the_parts_of_its_own_bits(feature_file: Path, name: str)
     with torch.no_grad():
         if isinstance(method, HIAMH):
             torch.nn.init.normal_(method.theta)
-        h = method.net(method.encoder(batch.inputs))
+        h, _ = method.net(method.encoder(batch.inputs))
         bits = method.net.member_bits()[1]
         target, y = TARGETS[config.model.target](batch.labels), batch.labels
         found = method.member_loss(h, bits, y, target)
@@ -356,6 +356,26 @@ def test_a_member_takes_the_parts_of_its_own_bits(feature_file: Path, name: str)
         else:
             logits = h[:, bits] @ method.classifier.weight[:, bits].T + method.classifier.bias
             assert torch.allclose(found["classification"], classification(logits, y))
+
+
+@torch.no_grad()
+def test_each_modality_predicts_the_classes_alone(feature_file: Path) -> None:
+    """Two members: the sum over image and text, the mean over members."""
+    config = small_config(
+        feature_file, "vh_abl", "model.net.members=2", "model.weights.modalities=0.5"
+    )
+    data = load_data(config.data)
+    torch.manual_seed(0)
+    method = build_method(config, data.spec).eval()
+    batch = next(batches_in_order(method, data.train))
+    read, y = method.encoder(batch.inputs), batch.labels
+    expected = 0.0
+    for number, member in enumerate(method.net.members):
+        for view, x in enumerate((member.image(read.image), member.text(read.text))):
+            logits = method.predict[2 * number + view](x).double()
+            own = torch.stack([row[label.argmax()] for row, label in zip(logits, y, strict=True)])
+            expected += float((logits.exp().sum(dim=1).log() - own).mean()) / 2
+    assert method.loss(batch)["modalities"].item() == pytest.approx(0.5 * expected, rel=1e-5)
 
 
 def test_the_plain_network_has_a_term_for_every_doubled_prefix(feature_file: Path) -> None:

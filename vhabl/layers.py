@@ -259,10 +259,10 @@ class PlainNet(nn.Module):
         self.image, self.text = layer(image_dim), layer(text_dim)
         self.head = nn.Sequential(layer(2 * dim), nn.Linear(dim, bits), nn.Tanh())
 
-    def forward(self, inputs: Embeddings) -> Tensor:
-        joint = torch.cat([self.image(inputs.image), self.text(inputs.text)], dim=1)  # (B, 2D)
-        h: Tensor = self.head(joint)
-        return h
+    def forward(self, inputs: Embeddings) -> tuple[Tensor, list[Tensor]]:
+        """Relaxed codes, and each modality's features [B, D]."""
+        features = [self.image(inputs.image), self.text(inputs.text)]
+        return self.head(torch.cat(features, dim=1)), features
 
 
 @dataclass(frozen=True)
@@ -354,19 +354,21 @@ class FusedMember(nn.Module):
         )  # fmt: skip
         self.hash = nn.Linear(dim, bits)
 
-    def forward(self, inputs: Embeddings) -> Tensor:
+    def forward(self, inputs: Embeddings) -> tuple[Tensor, list[Tensor]]:
+        """Relaxed codes, and each modality's features [B, D]."""
         image, text = inputs.image, inputs.text
         assert image is not None and text is not None
-        features = [self.image(image), self.text(text)]  # (B, D) each
+        features = [self.image(image), self.text(text)]
         if self.settings.prototypes:
             features = [
                 self.merge(torch.cat([x, attend(x)], dim=1))
                 for x, attend in zip(features, self.attention, strict=True)
             ]
+        parts = list(features)
         if self.settings.joint_hidden:
             together = torch.cat([self.settings.joint_image * image, text], dim=1)
-            features.append(self.joint(together))
-        return torch.tanh(self.hash(self.fusion(torch.cat(features, dim=1))))
+            parts.append(self.joint(together))
+        return torch.tanh(self.hash(self.fusion(torch.cat(parts, dim=1)))), features
 
 
 class FusedHashNet(nn.Module):
@@ -395,9 +397,11 @@ class FusedHashNet(nn.Module):
         turns = torch.cat([torch.arange(first, bits, count) for first in range(count)])
         self.register_buffer("order", turns.argsort())
 
-    def forward(self, inputs: Embeddings) -> Tensor:
-        h = torch.cat([member(inputs) for member in self.members], dim=1)
-        return h[:, self.order]
+    def forward(self, inputs: Embeddings) -> tuple[Tensor, list[list[Tensor]]]:
+        """Relaxed codes [B, K], and of each member each modality's features, [B, D]."""
+        results = [member(inputs) for member in self.members]
+        h = torch.cat([h for h, _ in results], dim=1)
+        return h[:, self.order], [features for _, features in results]
 
     def member_bits(self) -> list[Tensor]:
         """The bits of a code that each member gives, first to last."""

@@ -66,17 +66,19 @@ def nested_classification(
     """Class prediction from each leading part of the code, averaged over the lengths.
 
     One linear classifier (weight [C, K], bias [C]) serves all lengths m by its first m columns,
-    scaled by sqrt(K / m). Cross-entropy against the label set as a distribution; an item without
-    a label adds nothing.
+    scaled by sqrt(K / m), and `class_shares` is taken of its logits.
     """
     bits = h.shape[1]
-    shares = y / y.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.stack(
-        [
-            F.cross_entropy(h[:, :m] @ weight[:, :m].T * (bits / m) ** 0.5 + bias, shares)
-            for m in lengths
-        ]
+        [class_shares(h[:, :m] @ weight[:, :m].T * (bits / m) ** 0.5 + bias, y) for m in lengths]
     ).mean()
+
+
+def class_shares(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, C] against the label set as a distribution, the mean over items;
+    an item without a label adds nothing.
+    """
+    return F.cross_entropy(logits, y / y.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 def doubling_lengths(shortest: int, bits: int) -> list[int]:

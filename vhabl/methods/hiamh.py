@@ -73,7 +73,7 @@ class HIAMH(HashingMethod):
         settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        return {"fused": self.net(self.embeddings(inputs))}
+        return {"fused": self.net(self.embeddings(inputs))[0]}
 
     def bit_weights(self) -> Tensor:
         """Weight of each bit: positive, falling, mean 1: [K].
@@ -89,7 +89,7 @@ class HIAMH(HashingMethod):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y = batch.labels
         target = losses.TARGETS[self.settings.target](y)
-        h = self.net(self.embeddings(batch.inputs))
+        h, _ = self.net(self.embeddings(batch.inputs))
         members = self.net.member_bits()
         return mean_terms([self.member_loss(h, bits, y, target) for bits in members])
 

@@ -53,7 +53,7 @@ class NestedMLP(HashingMethod):
                 fail(f"key model.{name}", str(getattr(settings, name)), "0 up to below 1")
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        return {"fused": self.net(self.embeddings(inputs))}
+        return {"fused": self.net(self.embeddings(inputs))[0]}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         target = losses.TARGETS[self.settings.target](batch.labels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class Weights:
     importance: float = key("the similarity with every bit weighted by its importance", 1.0)
     nested: float = key("similarity on ranked prefixes", 1.0)
     nested_classes: float = key("class prediction from ranked prefixes", 1.0)
+    modalities: float = key("class prediction from the features of each modality", 0.0)
     multi_similarity: float = key("multi-similarity loss on mined pairs", 0.01)
     contrast: float = key("contrast of a code against the class centres", 0.01)
     centre: float = key("separation of the class centres", 0.01)
@@ -74,6 +76,9 @@ class VHABL(HashingMethod):
         self.centres = class_centres(spec.classes, k, settings.centres)
         if settings.weights.nested_classes:
             self.bias = nn.Parameter(torch.zeros(spec.classes))
+        if settings.weights.modalities:
+            width, members = settings.net.dim, len(self.net.members)
+            self.predict = nn.ModuleList(nn.Linear(width, spec.classes) for _ in range(2 * members))
         self.importance_in = nn.Linear(k, max(1, k // 2))
         self.importance_out = nn.Linear(max(1, k // 2), k)
         self.register_buffer("importance", torch.ones(k))
@@ -87,7 +92,7 @@ class VHABL(HashingMethod):
         settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
-        return {"fused": self.net(self.embeddings(inputs))}
+        return {"fused": self.net(self.embeddings(inputs))[0]}
 
     def bit_weights(self, h: Tensor) -> Tensor:
         """Importance of each bit for each item: positive, mean 1 over bits, [B, K]."""
@@ -100,7 +105,7 @@ class VHABL(HashingMethod):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y = batch.labels
         target = losses.TARGETS[self.settings.target](y)
-        h = self.net(self.embeddings(batch.inputs))
+        h, features = self.net(self.embeddings(batch.inputs))
         # The importance network learns which bits carry the neighbourhood; it does not bend them.
         fixed = h.detach()
         w = self.bit_weights(fixed)
@@ -110,8 +115,20 @@ class VHABL(HashingMethod):
         for bits in self.net.member_bits():
             ranked = bits[self.importance[bits].argsort(descending=True)]
             members.append(self.member_loss(h, ranked, y, target))
-        importance = losses.weighted_similarity(fixed, w, target)
-        return mean_terms(members) | {"importance": self.settings.weights.importance * importance}
+        return mean_terms(members) | weighted(
+            self.settings.weights,
+            {
+                "importance": lambda: losses.weighted_similarity(fixed, w, target),
+                "modalities": lambda: self.modality_classes(features, y),
+            },
+        )
+
+    def modality_classes(self, features: list[list[Tensor]], y: Tensor) -> Tensor:
+        """Cross-entropy of the classes that each modality alone predicts, the sum over modalities,
+        the mean over members.
+        """
+        logits = [p(x) for p, x in zip(self.predict, chain(*features), strict=True)]
+        return torch.stack([losses.class_shares(x, y) for x in logits]).sum() / len(features)
 
     def member_loss(
         self, h: Tensor, ranked: Tensor, y: Tensor, target: Tensor
