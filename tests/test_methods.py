@@ -359,11 +359,10 @@ def test_a_member_takes_the_parts_of_its_own_bits(feature_file: Path, name: str)
 
 
 @torch.no_grad()
-def test_each_modality_predicts_the_classes_alone(feature_file: Path) -> None:
+@pytest.mark.parametrize("name", ["vh_abl", "hiamh"])
+def test_each_modality_predicts_the_classes_alone(feature_file: Path, name: str) -> None:
     """Two members: the sum over image and text, the mean over members."""
-    config = small_config(
-        feature_file, "vh_abl", "model.net.members=2", "model.weights.modalities=0.5"
-    )
+    config = small_config(feature_file, name, "model.net.members=2", "model.weights.modalities=0.5")
     data = load_data(config.data)
     torch.manual_seed(0)
     method = build_method(config, data.spec).eval()

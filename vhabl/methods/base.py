@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from vhabl.codes import binarise
 from vhabl.encoders import Encoder, Tokens
 from vhabl.errors import fail
-from vhabl.layers import StandIn
-from vhabl.losses import TARGETS, doubling_lengths
+from vhabl.layers import FusedHashNet, StandIn
+from vhabl.losses import TARGETS, class_shares, doubling_lengths
 from vhabl.types import Batch, DataSpec, Embeddings, Inputs
 
 
@@ -160,6 +161,21 @@ def check_centres(centres: str) -> None:
 def class_centres(classes: int, bits: int, kind: str) -> nn.Parameter:
     """First class centres [C, K]: from N(0, 1), or from N(0, 1/K) where tanh bounds them."""
     return nn.Parameter(torch.randn(classes, bits) / (bits**0.5 if kind == "tanh" else 1))
+
+
+def modality_heads(net: FusedHashNet, dim: int, classes: int) -> nn.ModuleList:
+    """Class predictors for the features [B, dim] of each modality of each member of a network."""
+    return nn.ModuleList(nn.Linear(dim, classes) for _ in range(2 * len(net.members)))
+
+
+def modality_classes(
+    heads: Iterable[nn.Module], features: Sequence[Sequence[Tensor]], y: Tensor
+) -> Tensor:
+    """Cross-entropy of the classes that each modality alone predicts: the sum over modalities, the
+    mean over members.
+    """
+    logits = [head(x) for head, x in zip(heads, chain(*features), strict=True)]
+    return torch.stack([class_shares(x, y) for x in logits]).sum() / len(features)
 
 
 def member_prefixes(shortest: int, bits: int, share: int) -> list[int]:

@@ -23,6 +23,8 @@ from vhabl.methods.base import (
     class_centres,
     mean_terms,
     member_prefixes,
+    modality_classes,
+    modality_heads,
     stand_in,
     weighted,
 )
@@ -36,6 +38,7 @@ class Weights:
     nested: float = key("the labels' similarity on prefixes", 1.0)
     contrast: float = key("contrast of prefixes against the class centres", 1.0)
     centre: float = key("separation of the class centres", 0.01)
+    modalities: float = key("class prediction from the features of each modality", 0.0)
     multi_similarity: float = key("multi-similarity loss on mined pairs", 0.01)
     decorrelation: float = key("decorrelated and balanced bits", 0.1)
 
@@ -61,6 +64,8 @@ class HIAMH(HashingMethod):
         k = self.bits
         self.net = FusedHashNet(encoder.image_dim, encoder.text_dim, spec.classes, k, settings.net)
         self.stand_in = stand_in(encoder, settings.net.modality_dropout)
+        if settings.weights.modalities:
+            self.predict = modality_heads(self.net, settings.net.dim, spec.classes)
         self.theta = nn.Parameter(0.25 + torch.randn(k) / k)  # as the release starts its weights
         self.centres = class_centres(spec.classes, k, settings.centres)
         if settings.weights.contrast:
@@ -89,9 +94,13 @@ class HIAMH(HashingMethod):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         y = batch.labels
         target = losses.TARGETS[self.settings.target](y)
-        h, _ = self.net(self.embeddings(batch.inputs))
+        h, features = self.net(self.embeddings(batch.inputs))
         members = self.net.member_bits()
-        return mean_terms([self.member_loss(h, bits, y, target) for bits in members])
+        terms = mean_terms([self.member_loss(h, bits, y, target) for bits in members])
+        return terms | weighted(
+            self.settings.weights,
+            {"modalities": lambda: modality_classes(self.predict, features, y)},
+        )
 
     def member_loss(self, h: Tensor, bits: Tensor, y: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The terms of one member of the network, which gives these bits."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,8 @@ from vhabl.methods.base import (
     class_centres,
     mean_terms,
     member_prefixes,
+    modality_classes,
+    modality_heads,
     stand_in,
     weighted,
 )
@@ -77,8 +78,7 @@ class VHABL(HashingMethod):
         if settings.weights.nested_classes:
             self.bias = nn.Parameter(torch.zeros(spec.classes))
         if settings.weights.modalities:
-            width, members = settings.net.dim, len(self.net.members)
-            self.predict = nn.ModuleList(nn.Linear(width, spec.classes) for _ in range(2 * members))
+            self.predict = modality_heads(self.net, settings.net.dim, spec.classes)
         self.importance_in = nn.Linear(k, max(1, k // 2))
         self.importance_out = nn.Linear(max(1, k // 2), k)
         self.register_buffer("importance", torch.ones(k))
@@ -119,16 +119,9 @@ class VHABL(HashingMethod):
             self.settings.weights,
             {
                 "importance": lambda: losses.weighted_similarity(fixed, w, target),
-                "modalities": lambda: self.modality_classes(features, y),
+                "modalities": lambda: modality_classes(self.predict, features, y),
             },
         )
-
-    def modality_classes(self, features: list[list[Tensor]], y: Tensor) -> Tensor:
-        """Cross-entropy of the classes that each modality alone predicts, the sum over modalities,
-        the mean over members.
-        """
-        logits = [p(x) for p, x in zip(self.predict, chain(*features), strict=True)]
-        return torch.stack([losses.class_shares(x, y) for x in logits]).sum() / len(features)
 
     def member_loss(
         self, h: Tensor, ranked: Tensor, y: Tensor, target: Tensor
