@@ -21,6 +21,7 @@ from helpers import COLOURS, TINY_TOWERS, picture_arrays, write_arrays, write_pa
 from vhabl import codebooks, trainer
 from vhabl.config import CONFIG_DIR, Config, build_method, load
 from vhabl.data import load as load_data
+from vhabl.layers import Dropout
 from vhabl.methods.base import HashingMethod
 from vhabl.optim import build_optimizer, clip_gradients, set_rate
 from vhabl.types import Batch, Embeddings, Inputs
@@ -58,7 +59,7 @@ def quick_gelu(x: Array) -> Array:
 
 def linear(state: State, name: str, x: Array) -> Array:
     """One vector through Linear: y_o = sum_i W_oi x_i + b_o."""
-    y = np.array([float(np.sum(row * x)) for row in state[f"{name}.weight"]])
+    y = state[f"{name}.weight"] @ x
     return y + state[f"{name}.bias"] if f"{name}.bias" in state else y
 
 
@@ -124,13 +125,18 @@ def clip_block(
     return mixed
 
 
+def dropped(x: Array, rate: float) -> Array:
+    """What Dropout does in these tests: no chance, but numbers that tell its place and rate."""
+    return np.array([value * (1 + rate * j / len(x)) for j, value in enumerate(x)])
+
+
 def residual_mlp(state: State, name: str, x: Array) -> Array:
-    """Two blocks x + Linear(GELU(Linear(LayerNorm(x)))), 4 times as wide inside."""
+    """Two blocks x + Linear(Dropout(GELU(Linear(LayerNorm(x))))), 4 times as wide inside."""
     for block in range(2):
         inner = f"{name}.{block}.inner"
         hidden = linear(state, f"{inner}.1", layer_norm(state, f"{inner}.0", x))
         assert len(hidden) == 4 * len(x)
-        x = x + linear(state, f"{inner}.4", gelu(hidden))
+        x = x + linear(state, f"{inner}.4", dropped(gelu(hidden), 0.5))
     return x
 
 
@@ -188,9 +194,19 @@ def bce(logits: list[Array], y: Array) -> float:
 @pytest.fixture(autouse=True)
 def _float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads that ask for float32 after mixed arithmetic keep float64 here."""
-    to_float32 = torch.Tensor.float
-    kept = torch.float64
+    to_float32, kept = torch.Tensor.float, torch.float64
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == kept else to_float32(x))
+
+
+@pytest.fixture(autouse=True)
+def _dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout is `dropped` in training and in evaluation."""
+
+    def forward(self: Dropout, x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        return x * (1 + self.rate * torch.arange(width).to(x) / width)
+
+    monkeypatch.setattr(Dropout, "forward", forward)
 
 
 def randomise(method: HashingMethod, seed: int, but: str = "encoder.") -> None:
@@ -249,7 +265,6 @@ def fused_method(
     overrides = [
         "data=wiki", f"data.path={file}", "data.class_names=[]", f"bits=[6,{K}]", "device=cpu",
         "model.net.dim=8", "model.net.image_hidden=10", "model.net.text_hidden=9",
-        "model.net.dropout=0",
     ]  # fmt: skip
     config = load(CONFIG_DIR / f"{recipe}.yaml", overrides)
     data = load_data(config.data)
@@ -272,9 +287,10 @@ def fused_codes(state: State, batch: Batch, training: bool) -> list[Array]:
     given = {"image": batch.inputs.image.numpy(), "text": batch.inputs.text.numpy()}
     for number, (view, items) in enumerate(given.items()):
         rows = list(items)
-        for block in range(3):  # Linear, Tanh, BatchNorm: d -> d -> hidden -> D
+        for block in range(3):  # Linear, Tanh, BatchNorm, Dropout: d -> d -> hidden -> D
             rows = [tanh_of(linear(state, f"{net}.{view}.{4 * block}", x)) for x in rows]
             rows = batch_norm(state, f"{net}.{view}.{4 * block + 2}", rows, training)
+            rows = [dropped(x, 0.01) for x in rows]
         # 4 heads over the class prototypes; Linear, BatchNorm, ReLU of what is found
         name = f"{net}.attention.{number}"
         prototypes = state[f"{name}.prototypes"]
