@@ -35,7 +35,9 @@ from vhabl.methods.base import HashingMethod, stand_in
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Embeddings, Inputs
 
-TEMPLATES = ("An image showing {}.", "An image of {}.", "A photo of {}.", "There is {} here.")
+TEMPLATES = (
+    "An image showing {}", "A photo depicting {}", "A picture of {}", "This is an image with {}",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
