@@ -446,7 +446,7 @@ def test_a_step_follows_the_sum_of_the_terms_of_its_own_batch(
     feature_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loss(self: NestedMLP, batch: Batch) -> dict[str, torch.Tensor]:
-        total = self.head[1].bias.sum()
+        total = self.net.head[1].bias.sum()
         return {"a": total, "b": 2 * total}
 
     monkeypatch.setattr(NestedMLP, "loss", loss)
@@ -470,7 +470,7 @@ def test_the_history_has_the_mean_of_each_term_over_the_batches(
     values = iter([1.0, 2.0, 6.0])
 
     def loss(self: NestedMLP, batch: Batch) -> dict[str, torch.Tensor]:
-        nothing = 0 * self.head[1].bias.sum()
+        nothing = 0 * self.net.head[1].bias.sum()
         return {"a": nothing + next(values), "b": nothing + 1}
 
     monkeypatch.setattr(NestedMLP, "loss", loss)
