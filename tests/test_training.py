@@ -400,7 +400,7 @@ def test_the_seed_decides_the_first_weights_and_the_order_of_items(feature_file:
         trainer = Trainer(small_config(feature_file, "nested_mlp", f"seed={seed}"), data, False)
         trainer._begin_phase()
         order = torch.randperm(60, generator=trainer.shuffle)
-        found.append((weights(trainer.method)["head.1.weight"], order))
+        found.append((weights(trainer.method)["net.head.1.weight"], order))
     (first_weight, first_order), (second_weight, second_order) = found
     assert not torch.equal(first_weight, second_weight)
     assert not torch.equal(first_order, second_order)
@@ -456,8 +456,8 @@ def test_a_step_follows_the_sum_of_the_terms_of_its_own_batch(
     )  # fmt: skip
     trainer = Trainer(config, load_data(config.data), False)
     trainer._begin_phase()
-    before = weights(trainer.method)["head.1.bias"]
-    after = weights(trainer.run())["head.1.bias"]
+    before = weights(trainer.method)["net.head.1.bias"]
+    after = weights(trainer.run())["net.head.1.bias"]
     assert torch.allclose(after, before - 3 * 0.5 * 3, atol=1e-5)
     first = trainer.progress.history[0]
     assert first["loss"] == pytest.approx(first["a"] + first["b"])
