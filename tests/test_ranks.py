@@ -103,7 +103,8 @@ def recipes(folder: Path) -> dict[str, Config]:
         "resnet": pair_config(pairs, "hiamh", *STILL, f"encoder.model={resnet}",
                               "encoder.tune=all", "optim.name=sgd"),
         "kept": pair_config(pairs, "pghmh", "encoder.tune=frozen", f"encoder.cache={folder}/cache",
-                            "model.dropout=0", "model.modality_dropout=0", "model.truth=1"),
+                            "model.dropout=0", "model.block_dropout=0",
+                            "model.modality_dropout=0", "model.truth=1"),
         "network": pair_config(pairs, "hq", *CNN, "encoder.tune=2", "model.dropout=0"),
     }  # fmt: skip
 
