@@ -276,7 +276,7 @@ def test_terms_of_a_network_are_means_over_its_members() -> None:
 
 @pytest.mark.parametrize("name", ["vh_abl", "hiamh"])
 def test_a_weight_scales_its_own_term_alone(feature_file: Path, name: str) -> None:
-    config = small_config(feature_file, name)
+    config = small_config(feature_file, name, "model.weights.modalities=0.1")
     data = load_data(config.data)
     weights = config.model.weights
 
