@@ -28,7 +28,8 @@ def test_every_part_is_switched_off_once(feature_file: Path) -> None:
 def test_each_key_is_taken_towards_another_recipe_alone_and_all_together(
     feature_file: Path,
 ) -> None:
-    scales = ["optim.lr_scale.net=0.5", "optim.eps=1e-6", "seed=3", "codes=elsewhere"]
+    scales = ["optim.lr_scale.net=0.5", "optim.eps=1e-6", "seed=3", "codes=elsewhere",
+              "save_every=7", "encoder.side=99"]  # fmt: skip
     ours = small_config(feature_file, "nested_mlp", "model.dropout=0.1", "optim.lr_scale.head=2")
     other = small_config(feature_file, "nested_mlp", "model.dropout=0.3", *scales)
     changes = [

@@ -178,6 +178,7 @@ def test_baselines_take_the_same_overrides() -> None:
         ("encoder.name=clap", r"key encoder\.name: found 'clap'; expected features \| clip"),
         ("encoder.tune=0", r"key encoder\.tune: found '0'; expected frozen \| all \| a number"),
         ("encoder.lr=-1", r"key encoder\.lr: found -1\.0; expected 0 or more"),
+        ("encoder.image_noise=-1", r"key encoder\.image_noise: found -1\.0; expected 0 or more"),
         ("encoder.words=2", r"key encoder\.words: found 2; expected at least 3 tokens"),
         (
             "encoder.resize=5000",

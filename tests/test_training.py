@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import small_config
 
-from vhabl import errors, runs, train
+from vhabl import encoders, errors, runs, train
 from vhabl.config import build_method, override
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
@@ -25,9 +25,9 @@ from vhabl.files import alone
 from vhabl.methods.hq import HQ
 from vhabl.methods.nested_mlp import NestedMLP
 from vhabl.optim import WeightMean, build_optimizer, clip_gradients, set_rate
-from vhabl.settings import OptimConfig
+from vhabl.settings import EncoderConfig, OptimConfig
 from vhabl.trainer import STATE_FILE, Trainer, pick_device
-from vhabl.types import Batch
+from vhabl.types import Batch, DataSpec, Inputs
 
 
 def weights(method: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -291,6 +291,24 @@ def test_scaling_is_measured_on_the_training_items_alone(feature_file: Path) -> 
     method = Trainer(config, shifted, False).run()
     mean = method.encoder.get_buffer("image_mean")
     assert torch.allclose(mean, torch.from_numpy(data.train.image).mean(dim=0), atol=1e-5)
+
+
+def test_noise_is_a_share_of_each_features_deviation_in_training_alone() -> None:
+    torch.manual_seed(0)
+    spec = DataSpec("data", 2, 1, classes=1, train_items=0)
+    encoder = encoders.build(EncoderConfig(image_noise=0.5), spec, tokens="")
+    image = torch.randn(20000, 2) * torch.tensor([1.0, 10.0]) + torch.tensor([0.0, 5.0])
+    inputs = Inputs(image, torch.randn(20000, 1))
+    noisy = encoder.train()(inputs)
+    added = noisy.image - image
+    assert added.mean(dim=0).tolist() == pytest.approx([0, 0], abs=0.1)
+    assert added.std(dim=0).tolist() == pytest.approx([0.5, 5], rel=0.03)
+    assert torch.equal(noisy.text, inputs.text)
+    assert torch.equal(encoder.eval()(inputs).image, image)
+    other = encoders.build(EncoderConfig(text_noise=2), spec, tokens="")
+    noisy = other.train()(inputs)
+    assert torch.equal(noisy.image, image)
+    assert (noisy.text - inputs.text).std().item() == pytest.approx(2, rel=0.03)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(feature_file: Path) -> None:

@@ -50,11 +50,16 @@ SWITCHES = {
     "model.truth": 0.0,
     "model.blocks": 0,
     "encoder.augment": False,
+    "encoder.image_noise": 0.0,
+    "encoder.text_noise": 0.0,
     "optim.averaging": 0.0,
 }
 
 
-NOT_OF_THE_MODEL = ("variant", "seed", "out", "codes", "validation.", "encoder.weights")
+# Keys of another recipe that change no weight of the model.
+NOT_OF_THE_MODEL = (
+    "variant", "seed", "out", "codes", "save_every", "validation.", "encoder.weights"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,18 @@ def variants(config: Config) -> dict[str, list[str]]:
 
 
 def differences(config: Config, other: Config) -> dict[str, list[str]]:
-    """Overrides by name that take a recipe to another one of its method, a key at a time."""
+    """Overrides by name that take a recipe to another one of its method, a key at a time. Keys of
+    networks on pixels do not count where there are none.
+    """
     theirs, ours = flat(other), flat(config)
+    ignored = NOT_OF_THE_MODEL
+    if config.encoder.name == other.encoder.name == "features":
+        networks = [key for key in ours if key.startswith("encoder.") and "noise" not in key]
+        ignored += tuple(networks)
     changed = {
         key: f"{key}={json.dumps(theirs.get(key, 1.0))}"  # a factor that is not set is 1
         for key in dict.fromkeys([*ours, *theirs])
-        if theirs.get(key) != ours.get(key) and not key.startswith(NOT_OF_THE_MODEL)
+        if theirs.get(key) != ours.get(key) and not key.startswith(ignored)
     }
     found = {WHOLE: [], **{change: [change] for change in changed.values()}}
     return found | {"all of these": list(changed.values())}

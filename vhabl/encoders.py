@@ -104,7 +104,7 @@ def build(
     pretrained: read the weights of networks; without, they are random and expected to be replaced.
     """
     if config.name == "features":
-        return FeatureScaling(spec)
+        return FeatureScaling(spec, image_noise=config.image_noise, text_noise=config.text_noise)
     if config.name == "cnn":
         return CnnEncoder(config, spec, pretrained)
     return ClipEncoder(config, tokens, pretrained)
@@ -117,11 +117,21 @@ class FeatureScaling(Encoder):
     features ordered by variance (PCA, learned projections) keep that order; `none` leaves the
     features as they are. Mean and spread are buffers: a checkpoint holds them.
 
+    In training each feature gets Gaussian noise of a share of its standard deviation over the batch,
+    which keeps the network from steep functions (Bishop, Neural Computation 1995).
+
     views: those that are features; another one passes as it is.
     """
 
-    def __init__(self, spec: DataSpec, views: Sequence[str] = ("image", "text")) -> None:
+    def __init__(
+        self,
+        spec: DataSpec,
+        views: Sequence[str] = ("image", "text"),
+        image_noise: float = 0.0,
+        text_noise: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.noise = {"image": image_noise, "text": text_noise}
         self.image_dim, self.text_dim = spec.image_dim, spec.text_dim
         self.views = views
         for view in views:
@@ -150,7 +160,10 @@ class FeatureScaling(Encoder):
     def _scaled(self, view: str, x: Tensor | None) -> Tensor | None:
         if x is None or view not in self.views:
             return x
-        return (x - self.get_buffer(f"{view}_mean")) / self.get_buffer(f"{view}_spread")
+        x = (x - self.get_buffer(f"{view}_mean")) / self.get_buffer(f"{view}_spread")
+        if self.training and self.noise[view]:
+            x = x + self.noise[view] * x.std(dim=0, correction=0) * torch.randn_like(x)
+        return x
 
 
 # -- pictures --------------------------------------------------------------------------------------
