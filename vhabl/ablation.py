@@ -92,7 +92,7 @@ def differences(config: Config, other: Config) -> dict[str, list[str]]:
     networks on pixels do not count where there are none.
     """
     theirs, ours = flat(other), flat(config)
-    ignored = NOT_OF_THE_MODEL
+    ignored: tuple[str, ...] = NOT_OF_THE_MODEL
     if config.encoder.name == other.encoder.name == "features":
         networks = [key for key in ours if key.startswith("encoder.") and "noise" not in key]
         ignored += tuple(networks)

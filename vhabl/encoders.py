@@ -117,8 +117,8 @@ class FeatureScaling(Encoder):
     features ordered by variance (PCA, learned projections) keep that order; `none` leaves the
     features as they are. Mean and spread are buffers: a checkpoint holds them.
 
-    In training each feature gets Gaussian noise of a share of its standard deviation over the batch,
-    which keeps the network from steep functions (Bishop, Neural Computation 1995).
+    In training each feature gets Gaussian noise, a share of its standard deviation over the batch,
+    against steep functions (Bishop, Neural Computation 1995).
 
     views: those that are features; another one passes as it is.
     """
