@@ -14,7 +14,9 @@ from vhabl.errors import VhablError
 
 
 def test_every_part_is_switched_off_once(feature_file: Path) -> None:
-    found = variants(small_config(feature_file, "vh_abl", "model.weights.bce=0"))
+    found = variants(
+        small_config(feature_file, "vh_abl", "model.weights.bce=0", "model.weights.similarity=1")
+    )
     assert found["whole"] == []
     assert found["without similarity"] == ["model.weights.similarity=0"]
     assert found["model.net.fusion_norm=false"] == ["model.net.fusion_norm=false"]
@@ -92,8 +94,8 @@ def test_only_the_parts_asked_for_are_switched_off(
                  f"data.path={feature_file}", "data.class_names=[]", "bits=[8]", "epochs=1",
                  "batch_size=16", "device=cpu", "out=out", *SMALL["vh_abl"],
                  "--seeds", "0"]  # fmt: skip
-    assert ablation.main([*arguments, "--only", "without centre", "target"]) == 0
+    assert ablation.main([*arguments, "--only", "without contrast", "target"]) == 0
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "0." in line]
-    assert rows == ["| whole", "| without centre", '| model.target="sigmoid"']
+    assert rows == ["| whole", "| without contrast", '| model.target="sigmoid"']
     with pytest.raises(VhablError, match="argument --only: found rubbish; expected a part of one"):
         ablation.main([*arguments, "--only", "rubbish"])

@@ -51,7 +51,6 @@ SWITCHES = {
     "model.blocks": 0,
     "encoder.augment": False,
     "encoder.image_noise": 0.0,
-    "encoder.text_noise": 0.0,
     "optim.averaging": 0.0,
 }
 
@@ -94,8 +93,7 @@ def differences(config: Config, other: Config) -> dict[str, list[str]]:
     theirs, ours = flat(other), flat(config)
     ignored: tuple[str, ...] = NOT_OF_THE_MODEL
     if config.encoder.name == other.encoder.name == "features":
-        networks = [key for key in ours if key.startswith("encoder.") and "noise" not in key]
-        ignored += tuple(networks)
+        ignored += tuple(k for k in ours if k.startswith("encoder.") and k != "encoder.image_noise")
     changed = {
         key: f"{key}={json.dumps(theirs.get(key, 1.0))}"  # a factor that is not set is 1
         for key in dict.fromkeys([*ours, *theirs])

@@ -466,9 +466,7 @@ def _check_encoder(e: EncoderConfig) -> None:
     _require(side, "encoder.side", e.side, "0 or a side from 64 to 4096 pixels")
     _require(0 <= e.resize <= 4096, "encoder.resize", e.resize, "0 or a side up to 4096 pixels")
     _require(e.words >= 3, "encoder.words", e.words, "at least 3 tokens")
-    for name in ("image_noise", "text_noise"):
-        noise = getattr(e, name)
-        _require(0 <= noise < math.inf, f"encoder.{name}", noise, "0 or more")
+    _require(0 <= e.image_noise < math.inf, "encoder.image_noise", e.image_noise, "0 or more")
     _require(e.precision in ("auto", "float32"), "encoder.precision", e.precision, "auto | float32")
     kinds = ("float16", "float32")
     kept = e.cache_precision

@@ -104,7 +104,7 @@ def build(
     pretrained: read the weights of networks; without, they are random and expected to be replaced.
     """
     if config.name == "features":
-        return FeatureScaling(spec, image_noise=config.image_noise, text_noise=config.text_noise)
+        return FeatureScaling(spec, image_noise=config.image_noise)
     if config.name == "cnn":
         return CnnEncoder(config, spec, pretrained)
     return ClipEncoder(config, tokens, pretrained)
@@ -117,10 +117,9 @@ class FeatureScaling(Encoder):
     features ordered by variance (PCA, learned projections) keep that order; `none` leaves the
     features as they are. Mean and spread are buffers: a checkpoint holds them.
 
-    In training each feature gets Gaussian noise, a share of its standard deviation over the batch,
-    against steep functions (Bishop, Neural Computation 1995).
-
-    views: those that are features; another one passes as it is.
+    views: those that are features; another one passes as it is. image_noise: Gaussian noise that
+    image features get in training, in their standard deviations over the batch, against steep
+    functions (Bishop, Neural Computation 1995).
     """
 
     def __init__(
@@ -128,10 +127,9 @@ class FeatureScaling(Encoder):
         spec: DataSpec,
         views: Sequence[str] = ("image", "text"),
         image_noise: float = 0.0,
-        text_noise: float = 0.0,
     ) -> None:
         super().__init__()
-        self.noise = {"image": image_noise, "text": text_noise}
+        self.image_noise = image_noise
         self.image_dim, self.text_dim = spec.image_dim, spec.text_dim
         self.views = views
         for view in views:
@@ -155,15 +153,16 @@ class FeatureScaling(Encoder):
             self.get_buffer(f"{view}_spread").copy_(torch.where(spread > 1e-8, spread, 1.0))
 
     def forward(self, inputs: Inputs) -> Embeddings:
-        return Embeddings(self._scaled("image", inputs.image), self._scaled("text", inputs.text))
+        image, text = self._scaled("image", inputs.image), self._scaled("text", inputs.text)
+        if self.training and self.image_noise and image is not None:
+            deviation = image.std(dim=0, correction=0)
+            image = image + self.image_noise * deviation * torch.randn_like(image)
+        return Embeddings(image, text)
 
     def _scaled(self, view: str, x: Tensor | None) -> Tensor | None:
         if x is None or view not in self.views:
             return x
-        x = (x - self.get_buffer(f"{view}_mean")) / self.get_buffer(f"{view}_spread")
-        if self.training and self.noise[view]:
-            x = x + self.noise[view] * x.std(dim=0, correction=0) * torch.randn_like(x)
-        return x
+        return (x - self.get_buffer(f"{view}_mean")) / self.get_buffer(f"{view}_spread")
 
 
 # -- pictures --------------------------------------------------------------------------------------

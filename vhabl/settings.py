@@ -98,7 +98,6 @@ class EncoderConfig:
     image_noise: float = key(
         "features: Gaussian noise on image features in training, in their standard deviations", 0.0
     )
-    text_noise: float = key("features: the same on text features", 0.0)
     precision: str = key(
         "clip, cnn: arithmetic on a GPU: auto (bfloat16 where it has it) | float32", "auto"
     )
