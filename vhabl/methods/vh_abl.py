@@ -73,7 +73,8 @@ class VHABL(HashingMethod):
         k = self.bits
         self.net = FusedHashNet(encoder.image_dim, encoder.text_dim, spec.classes, k, settings.net)
         self.stand_in = stand_in(encoder, settings.net.modality_dropout)
-        self.classifier = nn.Linear(k, spec.classes)
+        if settings.weights.classification:
+            self.classifier = nn.Linear(k, spec.classes)
         self.centres = class_centres(spec.classes, k, settings.centres)
         if settings.weights.nested_classes:
             self.bias = nn.Parameter(torch.zeros(spec.classes))
@@ -130,13 +131,12 @@ class VHABL(HashingMethod):
         h, centres = h[:, ranked], self.centres[:, ranked]
         if self.settings.centres == "tanh":
             centres = torch.tanh(centres)
-        logits = F.linear(h, self.classifier.weight[:, ranked], self.classifier.bias)
         prefixes = member_prefixes(self.settings.shortest, self.bits, len(ranked))
         return weighted(
             self.settings.weights,
             {
                 "similarity": lambda: losses.similarity(h, target),
-                "classification": lambda: losses.classification(logits, y),
+                "classification": lambda: losses.classification(self.logits(h, ranked), y),
                 "nested": lambda: losses.nested_similarity(h, target, prefixes),
                 "nested_classes": lambda: losses.nested_classification(
                     h, centres, self.bias, y, prefixes
@@ -148,6 +148,10 @@ class VHABL(HashingMethod):
                 "decorrelation": lambda: losses.decorrelation(h),
             },
         )
+
+    def logits(self, h: Tensor, ranked: Tensor) -> Tensor:
+        """Class logits [B, C] of the bits h [B, m] of these places."""
+        return F.linear(h, self.classifier.weight[:, ranked], self.classifier.bias)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
@@ -172,8 +176,9 @@ class VHABL(HashingMethod):
         """Permute the bits of the whole model: bit i becomes what bit order[i] was."""
         self.net.reorder(order)
         self.importance.copy_(self.importance[order])
-        for tensor in (self.classifier.weight, self.centres):
-            tensor.copy_(tensor[:, order])
+        self.centres.copy_(self.centres[:, order])
+        if self.settings.weights.classification:
+            self.classifier.weight.copy_(self.classifier.weight[:, order])
         first, last = self.importance_in, self.importance_out
         first.weight.copy_(first.weight[:, order])
         last.weight.copy_(last.weight[order])
