@@ -23,7 +23,8 @@ def test_every_part_is_switched_off_once(feature_file: Path) -> None:
     assert "without bce" not in found  # it is off
     assert 'model.net.activation="tanh"' in found  # the recipe has another one
     assert all(len(changes) == 1 for name, changes in found.items() if name != "whole")
-    plain = variants(small_config(feature_file, "nested_mlp", "optim.averaging=0"))
+    bare = ["optim.averaging=0", "encoder.image_noise=0"]
+    plain = variants(small_config(feature_file, "nested_mlp", *bare))
     assert list(plain) == ["whole", 'model.target="sigmoid"']
 
 
