@@ -276,8 +276,8 @@ def test_terms_of_a_network_are_means_over_its_members() -> None:
 
 @pytest.mark.parametrize("name", ["vh_abl", "hiamh"])
 def test_a_weight_scales_its_own_term_alone(feature_file: Path, name: str) -> None:
-    terms_of_it = vars(small_config(feature_file, name).model.weights)
-    config = small_config(feature_file, name, *(f"model.weights.{t}=0.1" for t in terms_of_it))
+    names = vars(small_config(feature_file, name).model.weights)
+    config = small_config(feature_file, name, *(f"model.weights.{term}=0.1" for term in names))
     data = load_data(config.data)
     weights = config.model.weights
 

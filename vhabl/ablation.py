@@ -55,7 +55,7 @@ SWITCHES = {
 }
 
 
-# Keys of another recipe that change no weight of the model.
+# Keys in which two recipes may differ and still be the same method.
 NOT_OF_THE_MODEL = (
     "variant", "seed", "out", "codes", "save_every", "validation.", "encoder.weights"
 )  # fmt: skip

@@ -136,7 +136,9 @@ class VHABL(HashingMethod):
             self.settings.weights,
             {
                 "similarity": lambda: losses.similarity(h, target),
-                "classification": lambda: losses.classification(self.logits(h, ranked), y),
+                "classification": lambda: losses.classification(
+                    F.linear(h, self.classifier.weight[:, ranked], self.classifier.bias), y
+                ),
                 "nested": lambda: losses.nested_similarity(h, target, prefixes),
                 "nested_classes": lambda: losses.nested_classification(
                     h, centres, self.bias, y, prefixes
@@ -148,10 +150,6 @@ class VHABL(HashingMethod):
                 "decorrelation": lambda: losses.decorrelation(h),
             },
         )
-
-    def logits(self, h: Tensor, ranked: Tensor) -> Tensor:
-        """Class logits [B, C] of the bits h [B, m] of these places."""
-        return F.linear(h, self.classifier.weight[:, ranked], self.classifier.bias)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
