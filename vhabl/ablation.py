@@ -4,7 +4,8 @@ python -m vhabl.ablation --config configs/vh_abl.yaml data=wiki data.path=FILE -
 
 The parts are the loss terms (`model.weights.*`) and the settings in `SWITCHES` that the recipe has.
 With --towards OTHER they are the keys that another recipe of the method sets otherwise, such as
-configs/vh_abl_published.yaml: each takes the other's value alone, and in the last row all do.
+configs/vh_abl_published.yaml: each takes the other's value alone (those of `optim` together), and
+in the last row all do.
 Each variant is trained once a seed; the table has mAP@all on the test queries, or on the validation
 queries with --validation, where parts are chosen. A variant that was trained is not trained again.
 """
@@ -87,8 +88,9 @@ def variants(config: Config) -> dict[str, list[str]]:
 
 
 def differences(config: Config, other: Config) -> dict[str, list[str]]:
-    """Overrides by name that take a recipe to another one of its method, a key at a time. Keys of
-    networks on pixels do not count where there are none.
+    """Overrides by name that take a recipe to another one of its method, a key at a time; the keys
+    of the optimiser are one difference, as few of them mean anything alone. Keys of networks on
+    pixels do not count where there are none.
     """
     theirs, ours = flat(other), flat(config)
     ignored: tuple[str, ...] = NOT_OF_THE_MODEL
@@ -99,8 +101,10 @@ def differences(config: Config, other: Config) -> dict[str, list[str]]:
         for key in dict.fromkeys([*ours, *theirs])
         if theirs.get(key) != ours.get(key) and not key.startswith(ignored)
     }
-    found = {WHOLE: [], **{change: [change] for change in changed.values()}}
-    return found | {"all of these": list(changed.values())}
+    optim = [change for change in changed.values() if change.startswith("optim.")]
+    alone = [[change] for change in changed.values() if change not in optim]
+    found = {" ".join(changes): changes for changes in [*alone, optim] if changes}
+    return {WHOLE: [], **found, "all of these": list(changed.values())}
 
 
 def _value(config: Any, key: str) -> Any:
