@@ -474,6 +474,25 @@ def test_the_module_runs_as_a_program(feature_file: Path, tmp_path: Path) -> Non
     assert "did you mean epochs?" in bad.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "spin"),
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(
+    given: dict[str, str], spin: str | None
+) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    done = subprocess.run(
+        [sys.executable, "-m", "vhabl.train", "--help"], cwd=ROOT, check=True, text=True,
+        env={**environment, **given, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True,
+    )  # fmt: skip
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch does not use libgomp here")
+    assert (f"GOMP_SPINCOUNT = '{spin}'" in done.stderr) == (spin is not None)
+    assert ("GOMP_SPINCOUNT = '30000'" in done.stderr) == (spin == "30000")
+
+
 @pytest.mark.e2e
 def test_a_second_set_up_does_nothing_and_the_scripts_name_wrong_arguments() -> None:
     def bash(*arguments: str) -> subprocess.CompletedProcess[str]:
