@@ -6,6 +6,10 @@
 # SEEDS="0 1 2" are the seeds of every variant.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
 if [[ $# -eq 0 || ! -f configs/$1.yaml || $1 == published ]]; then
     echo "error: argument ${1:-METHOD}: found no such method; expected a recipe in configs/" >&2
     exit 2

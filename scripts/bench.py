@@ -598,8 +598,10 @@ BENCHES: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=BENCHES)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=BENCHES, help="what is measured")
     parser.add_argument("--json", action="store_true", help="one record a line")
     given = parser.parse_args()
     for record in BENCHES[given.what]():

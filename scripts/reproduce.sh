@@ -27,7 +27,7 @@ while [[ $# -gt 0 ]]; do
             shift
             ;;
         -h | --help)
-            sed -n 's/^# \{0,1\}//; 2,10p' "$0"
+            sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
             exit 0
             ;;
         data.*=* | bits=*) shared+=("$1") ;;

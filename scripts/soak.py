@@ -389,10 +389,10 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="what", required=True)
     page = commands.add_parser("page", help="the search page")
-    page.add_argument("--minutes", type=float, default=10, metavar="N")
-    page.add_argument("--clients", type=int, default=16, metavar="N")
+    page.add_argument("--minutes", type=float, default=10, metavar="N", help="[10]")
+    page.add_argument("--clients", type=int, default=16, metavar="N", help="[16]")
     train = commands.add_parser("train", help="a training run")
-    train.add_argument("--epochs", type=int, default=2000, metavar="N")
+    train.add_argument("--epochs", type=int, default=2000, metavar="N", help="[2000]")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

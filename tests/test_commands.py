@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -244,7 +246,9 @@ def test_two_runs_are_compared(feature_file: Path, run_folder: Path, command) ->
 
 def test_help_and_print_config(feature_file: Path, command) -> None:
     code, out, _ = command(train.main, "--help")
-    assert code == 0 and "model.weights.importance" in out and "validation.fraction" in out
+    assert code == 0 and "validation.fraction" in out and "model.weights" not in out
+    code, out, _ = command(train.main, "--config", RECIPE, "--help")
+    assert code == 0 and "validation.fraction" in out and "model.weights.importance" in out
     code, out, _ = command(train.main, *training(feature_file), "--print-config", "epochs=9")
     assert code == 0 and "epochs: 9\n" in out and f"path: {feature_file}" in out
     assert not Path("checkpoint").exists()
@@ -475,6 +479,23 @@ def test_the_module_runs_as_a_program(feature_file: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    "module",
+    ["train", "eval", "encode", "baselines", "audit", "ablation", "importance", "report.__main__",
+     "data.__main__", "search.__main__"],
+)  # fmt: skip
+def test_every_argument_has_a_help(module: str, command, monkeypatch: pytest.MonkeyPatch) -> None:
+    adding, without = argparse.ArgumentParser.add_argument, []
+
+    def add(parser: argparse.ArgumentParser, *names: str, **given: object) -> argparse.Action:
+        without.extend(names if not given.get("help") else ())
+        return adding(parser, *names, **given)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", add)
+    code, out, _ = command(importlib.import_module(f"vhabl.{module}").main, "--help")
+    assert code == 0 and "usage" in out and without == []
+
+
+@pytest.mark.parametrize(
     ("given", "spin"),
     [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
@@ -509,6 +530,10 @@ def test_a_second_set_up_does_nothing_and_the_scripts_name_wrong_arguments() -> 
         assert "common trains our recipes on one split" in told
         assert "own trains the published recipes (configs/<method>_published.yaml)" in told
         assert "set -e" not in told  # the text ends where the program begins
+    told = bash("scripts/ablate.sh", "--help")
+    assert (
+        told.returncode == 0 and "METHOD data=NAME" in told.stdout and "set -e" not in told.stdout
+    )
     if (ROOT / ".venv" / "vhabl-setup").exists():
         again = bash("scripts/setup.sh")
         assert again.returncode == 0 and again.stderr == "" and again.stdout == ""

@@ -86,6 +86,8 @@ def test_data_overrides_apply_to_the_chosen_data_set() -> None:
         ("optim.name=adm", r"key optim\.name: found 'adm'; expected adam \| adamw \| sgd"),
         ("bits=0", r"key bits: found 0; expected code lengths from 1 to 4096"),
         ("bits=[]", r"key bits: found \[\]; expected at least one"),
+        ("bits=16,x", r"key bits: found '16,x'; expected a list of whole numbers"),
+        ("model.net={head: 7}", r"key model\.net\.head: found an unknown key"),
         ("bits=[16,x]", r"key bits: found \[16, 'x'\]; expected a list of whole numbers"),
         ("batch_size=1", r"key batch_size: found 1"),
         ("seed=-1", r"key seed: found -1; expected a whole number from 0 to 2\^32 - 1"),
@@ -115,6 +117,15 @@ def test_data_overrides_apply_to_the_chosen_data_set() -> None:
 def test_a_wrong_override_names_key_value_and_expectation(override: str, message: str) -> None:
     with pytest.raises(VhablError, match=message):
         load(RECIPE, ["data=wiki", override])
+
+
+def test_overrides_need_no_quotes_and_take_a_section() -> None:
+    overrides = ["bits=16,32", "optim.betas=0.8,0.99", "model.net={dim: 24, dropout: 0.1}"]
+    config = load(RECIPE, ["data=wiki", *overrides])
+    assert config.bits == [16, 32] and config.optim.betas == [0.8, 0.99]
+    assert config.model.net.dim == 24 and config.model.net.dropout == 0.1
+    assert load(RECIPE, ["data=wiki", "bits=16"]).bits == [16]
+    assert load(RECIPE, ["data=wiki", "data.class_names=a"]).data.class_names == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -153,9 +164,12 @@ def test_a_recipe_without_data_says_what_to_give() -> None:
 
 def test_help_lists_every_key_with_meaning() -> None:
     text = describe_keys(None)
+    assert "  model." not in text and "--config RECIPE" in text
+    for key in key_types(Config):
+        assert f"  {key} " in text, key
     for name in methods.names():
-        types = key_types(Config) | key_types(methods.get(name).Settings, "model.")
-        for key in types:
+        text = describe_keys(CONFIG_DIR / f"{name}.yaml")
+        for key in key_types(Config) | key_types(methods.get(name).Settings, "model."):
             assert f"  {key} " in text, key
 
 

@@ -166,14 +166,16 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a recipe")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]"
+    )
     parser.add_argument("--towards", metavar="FILE", help="another recipe of the same method")
     parser.add_argument("--validation", action="store_true", help="score on validation queries")
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="variants with one of these texts in their name"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of every variant")
     given = parser.parse_intermixed_args(arguments)
     config = load(given.config, given.overrides)
     possible = variants(config)

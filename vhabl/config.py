@@ -191,12 +191,14 @@ def first_difference(theirs: Config, ours: Config) -> tuple[str, Any, Any] | Non
     return None
 
 
-def describe_keys(method: str | None) -> str:
-    """Every key with its meaning and default, as `--help` prints them."""
+def describe_keys(recipe: str | Path | None) -> str:
+    """The common keys, with meaning and default, and those of a recipe's method."""
     lines = _describe(Config, "")
-    for name in [method] if method else methods.names():
-        lines += [f"\nkeys of method {name}:", *_describe(methods.get(name).Settings, "model.")]
-    return "\n".join(lines)
+    if recipe is None:
+        return "\n".join([*lines, "\n--config RECIPE --help also lists the keys of its method"])
+    method = _known_method(_read_yaml(Path(recipe)).get("method"), recipe)
+    own = _describe(methods.get(method).Settings, "model.")
+    return "\n".join([*lines, f"\nkeys of method {method}:", *own])
 
 
 def build_method(config: Config, spec: DataSpec, pretrained: bool = True) -> HashingMethod:
@@ -235,10 +237,14 @@ def key_types(cls: Any, prefix: str = "") -> dict[str, Any]:
     return types
 
 
-def _config_types(method: Any, where: object) -> dict[str, Any]:
+def _known_method(method: Any, where: object) -> str:
     if method not in methods.names():
         fail(f"{where}: key method", repr(method), f"one of {', '.join(methods.names())}")
-    settings = key_types(methods.get(method).Settings, "model.")
+    return str(method)
+
+
+def _config_types(method: Any, where: object) -> dict[str, Any]:
+    settings = key_types(methods.get(_known_method(method, where)).Settings, "model.")
     return key_types(Config) | settings
 
 
@@ -259,6 +265,8 @@ def _convert(kind: Any, value: Any) -> Any:
     """A YAML value as a key's type. Raises ValueError where it is of another type."""
     if kind in (list[int], list[str], list[float]):
         element = typing.get_args(kind)[0]
+        if isinstance(value, str) and element is not str:  # 16,32 needs no quotes in any shell
+            value = [_value(part) for part in value.split(",")]
         return [_convert(element, v) for v in (value if isinstance(value, list) else [value])]
     if isinstance(value, bool) != (kind is bool) or isinstance(value, list | dict | None):
         raise ValueError
@@ -421,7 +429,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not sign or not name:
             fail(f"argument {text!r}", "no key=value", "such as epochs=60")
         try:
-            given[name] = _value(value) if value else ""
+            given |= _flatten({name: _value(value) if value else ""})
         except ValueError:
             fail(f"{COMMAND_LINE}: key {name}", repr(value), "a YAML value")
     return given

@@ -211,10 +211,11 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--config", default=str(CONFIG_DIR / "vh_abl.yaml"), metavar="FILE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("experiment", choices=EXPERIMENTS, help="see above")
+    parser.add_argument("--config", default=str(CONFIG_DIR / "vh_abl.yaml"), metavar="FILE",
+                        help="a recipe [configs/vh_abl.yaml]")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="[0]")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe")
     given = parser.parse_intermixed_args(arguments)
     # The experiments keep their own files; the run folder is only where training may store states.
     config = load(given.config, given.overrides)

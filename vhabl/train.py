@@ -43,7 +43,7 @@ def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset]
     parser.add_argument("--print-config", action="store_true", help="print the result and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--no-table", action="store_true", help="no table at the end")
-    parser.add_argument("-h", "--help", action="store_true", help="this help, with every key")
+    parser.add_argument("-h", "--help", action="store_true", help="this help, with all keys")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -52,10 +52,9 @@ def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset]
     )
     given = parser.parse_intermixed_args(arguments)
     if given.help:
-        method = load(given.config, given.overrides).method if given.config else None
         print(parser.format_help())
         print("keys, with [default]; data=NAME reads configs/data/NAME.yaml:")
-        print(describe_keys(method))
+        print(describe_keys(given.config))
         return None
     if not given.config:
         known = ", ".join(map(str, recipes()))

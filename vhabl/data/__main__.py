@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
         description="Say what a data set holds, and name every image that is missing or cannot be "
         "read (exit code 2).",
     )
-    parser.add_argument("action", choices=["check"])
+    parser.add_argument("action", choices=["check"], help="what to do")
     parser.add_argument("config", metavar="FILE", help="such as configs/data/emoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=PATH")
     given = parser.parse_intermixed_args(arguments)

@@ -44,31 +44,36 @@ def main(arguments: list[str]) -> int:
     build.add_argument("--engine", choices=ENGINES, default="folder", help="what holds the codes")
     build.add_argument("--uri", default="", metavar="URI",
                        help="milvus: its address, or an embedded file [one in INDEX]")  # fmt: skip
-    build.add_argument("--device", default="auto", metavar="NAME")
+    build.add_argument("--device", default="auto", metavar="NAME",
+                       help="auto | cpu | cuda [auto]")  # fmt: skip
     build.add_argument("--quiet", action="store_true", help="no progress bar")
     build.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=PATH")
     query = commands.add_parser("query", help="the nearest items of a text or an image")
-    query.add_argument("index", metavar="INDEX")
-    query.add_argument("--text", metavar="TEXT")
-    query.add_argument("--image", metavar="FILE")
+    query.add_argument("index", metavar="INDEX", help="folder of the index")
+    query.add_argument("--text", metavar="TEXT", help="a text to search for")
+    query.add_argument("--image", metavar="FILE", help="a picture to search for")
     query.add_argument("--top", type=int, default=10, metavar="N", help="items [10]")
     query.add_argument("--bits", type=int, metavar="N", help="a shorter code: its first bits")
-    query.add_argument("--mode", choices=MODES, default="exact")
+    query.add_argument("--mode", choices=MODES, default="exact",
+                       help="how codes are compared [exact]")  # fmt: skip
     query.add_argument("--where", default="", metavar="FILTER", help="such as \"label = 'cat'\"")
     query.add_argument("--against", default="", metavar="VIEW", help="image | text")
     query.add_argument("--like", metavar="ID", help="an item of the index, in place of both")
     query.add_argument("--json", action="store_true", help="one item a line")
     add = commands.add_parser("add", help="encode the rows of a table and add them")
-    add.add_argument("index", metavar="INDEX")
-    add.add_argument("--table", type=Path, required=True, metavar="FILE")
-    add.add_argument("--image-root", default="images", metavar="DIR")
+    add.add_argument("index", metavar="INDEX", help="folder of the index")
+    add.add_argument("--table", type=Path, required=True, metavar="FILE",
+                     help="with columns image and caption")  # fmt: skip
+    add.add_argument("--image-root", default="images", metavar="DIR",
+                     help="folder of the table's images, beside it [images]")  # fmt: skip
     delete = commands.add_parser("delete", help="delete items by their ids")
-    delete.add_argument("index", metavar="INDEX")
-    delete.add_argument("--id", action="append", required=True, metavar="ID")
+    delete.add_argument("index", metavar="INDEX", help="folder of the index")
+    delete.add_argument("--id", action="append", required=True, metavar="ID",
+                        help="id of an item; may be given several times")  # fmt: skip
     info = commands.add_parser("info", help="say what an index holds, and read it whole")
-    info.add_argument("index", metavar="INDEX")
+    info.add_argument("index", metavar="INDEX", help="folder of the index")
     serve = commands.add_parser("serve", help="a page in the browser that searches an index")
-    serve.add_argument("index", metavar="INDEX")
+    serve.add_argument("index", metavar="INDEX", help="folder of the index")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="[8000]; 0: a free one")
     serve.add_argument("--host", default="127.0.0.1", metavar="NAME",
                        help="address to listen at [127.0.0.1: this machine alone]")  # fmt: skip
