@@ -190,7 +190,7 @@ def _write_arrays(
     pictures = Rows(features.pictures(made.files), np.arange(count))
     everything = Split(np.arange(count), pictures, nothing, made.labels)
     inputs = read(everything, [items for _, _, items in batches])
-    with tqdm(total=len(database) + len(query), desc="features", unit="item") as bar:
+    with tqdm(total=len(database) + len(query), desc="features", unit="item", disable=None) as bar:
         for (role, start, items), given in zip(batches, inputs, strict=True):
             assert given.image is not None
             found = {

@@ -8,7 +8,12 @@ import pytest
 import torch
 from helpers import TinyAlexNet, write_feature_file
 
-from vhabl import openclip
+from vhabl import errors, openclip
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet() -> None:
+    errors.note.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -335,6 +335,12 @@ def test_a_truncated_file_is_named(
         assert_load_fails(path, ["found", "expected"])
 
 
+def test_a_file_that_holds_no_codes_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("# A text\n")
+    assert_load_fails(path, ["README.md", "begins with", "a code file"])
+
+
 @pytest.mark.parametrize("suffix", [".mat", ".npz"])
 @pytest.mark.parametrize(
     "content",

@@ -21,7 +21,7 @@ from helpers import SHARED, SMALL, small_config, write_feature_file
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vhabl import baselines, errors, importance, runs, train
+from vhabl import baselines, encode, errors, importance, runs, train
 from vhabl import eval as evaluation
 from vhabl.config import CONFIG_DIR, load, load_baselines, recipes
 from vhabl.data import load as load_data
@@ -242,6 +242,23 @@ def test_two_runs_are_compared(feature_file: Path, run_folder: Path, command) ->
     assert code == 0 and "fused 12 bits" in out and "(2 and 1 seeds, 20 queries)" in out
     code, _, err = command(evaluation.main, "--compare", run_folder, "nowhere")
     assert code == 2 and "nowhere" in one_message(err)
+
+
+def test_a_missing_run_is_named_by_its_folder(command) -> None:
+    code, _, err = command(encode.main, "--checkpoint", "no/run", "--text", "a")
+    assert code == 2 and "no/run: found no such folder" in one_message(err)
+
+
+def test_a_note_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("one", "two", "one"):
+        errors.note(text)
+    assert capsys.readouterr().err == "note: one\nnote: two\n"
+
+
+def test_a_bar_is_drawn_at_a_terminal_alone(feature_file: Path, command) -> None:
+    arguments = [a for a in training(feature_file) if a != "--quiet"]
+    code, _, err = command(train.main, *arguments)
+    assert code == 0 and "epoch" not in err
 
 
 def test_help_and_print_config(feature_file: Path, command) -> None:

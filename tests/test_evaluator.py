@@ -45,6 +45,20 @@ def headline(rows: list[Record]) -> dict[str, float]:
     return {r.database: r.value for r in rows if (r.measure, r.ties) == HEADLINE}
 
 
+def test_the_recall_of_a_small_database_is_said_to_be_a_bound(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rng = np.random.default_rng(0)
+    for items, said in ((100, 1), (101, 0)):
+        signs = [np.sign(rng.normal(size=(n, 8))).astype(np.int8) for n in (3, items)]
+        labels = [np.eye(2, dtype=np.uint8)[rng.integers(2, size=n)] for n in (3, items)]
+        record = Record("m", "d", "fused", 8, "", 0.0, 0, "", False, 0, 0, "all")
+        rows = measure(Codes(*signs, *labels), record, "all")
+        (value,) = {r.value for r in rows if r.measure == "recall@100"} if said else {None}
+        told = "note: recall@100 is 1 for any codes: the database has 100 items\n"
+        assert capsys.readouterr().err == told * said and value == (1.0 if said else None)
+
+
 def test_the_database_without_training_items_is_a_row_of_its_own(
     model: tuple[VHABL, Dataset],
 ) -> None:

@@ -199,6 +199,19 @@ def test_a_filter_that_is_none(text: str, message: str) -> None:
         parse(text, NAMES)
 
 
+def test_a_filter_on_an_index_without_labels_says_so() -> None:
+    with pytest.raises(VhablError, match="filter: the index has no labels"):
+        parse("label = 'cat'", [])
+
+
+def test_a_caption_takes_one_line_of_a_terminal() -> None:
+    assert __main__.one_line("two\n lines\t of  \x1b[31mred") == r"two lines of \x1b[31mred"
+    long = __main__.one_line("狗" * 500)
+    assert len(long) == 200 and long == "狗" * 197 + "..."
+    family = "👨‍👩‍👧 नमस्ते"  # joiners and marks are no control characters
+    assert __main__.one_line(family) == family
+
+
 # -- codes on disk ---------------------------------------------------------------------------------
 
 ABOUT = {
@@ -487,7 +500,7 @@ def test_a_model_that_is_another_is_refused(index: Index, folder: Path) -> None:
     with pytest.raises(VhablError, match="run: found another model than the index was built with"):
         Index.open("index").search(text="a")
     shutil.rmtree("run")
-    with pytest.raises(VhablError, match=r"run: found no weights\.safetensors"):
+    with pytest.raises(VhablError, match="run: found no such folder"):
         Index.open("index").search(text="a")
 
 

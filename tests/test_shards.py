@@ -25,7 +25,7 @@ from vhabl import encode, ranks, runs, shards, train
 from vhabl.config import override
 from vhabl.data import collection
 from vhabl.data import load as load_data
-from vhabl.errors import VhablError
+from vhabl.errors import VhablError, note
 from vhabl.ranks import Ranks
 from vhabl.shards import Part, Shard
 
@@ -148,6 +148,7 @@ def run(size: int, *arguments: object, only: int | None = None) -> list[int]:
     said: dict[int, list[object]] = {}
     codes = []
     for rank in reversed(range(0 if only is None else size - only, size)):
+        note.cache_clear()  # each rank is a process
         here = InTurn(rank, size, rank, said) if size > 1 else Ranks()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ranks, "joined", lambda here=here: muted(here))
@@ -272,7 +273,10 @@ def test_what_fails_on_any_rank_is_said_once_by_rank_0(
     assert capsys.readouterr().err.startswith("note: kept shard 1 of 3\nnote: kept shard 2 of 3\n")
     Path("file").touch()
     for given, message in (
-        (["--checkpoint", "nowhere", "--text", "a", "--out", "c.npz"], "nowhere: found no weights"),
+        (
+            ["--checkpoint", "nowhere", "--text", "a", "--out", "c.npz"],
+            "nowhere: found no such folder",
+        ),
         (["--checkpoint", "run", "--text", "a"], "argument --out: found nothing, with 3 processes"),
         ([*asked, "a=b"], "argument a=b: found no --data; expected keys of a data set beside"),
         ([*asked, "--bits", 9], "key bits: found 9; expected a code length"),

@@ -193,7 +193,7 @@ def main(arguments: list[str]) -> int:
         known = ", ".join(possible)
         errors.fail("argument --only", " ".join(given.only), f"a part of one of: {known}")
     jobs = [(n, o, s) for n, o in chosen.items() for s in given.seeds]
-    for name, changes, seed in tqdm(jobs, desc="ablation", unit="run"):
+    for name, changes, seed in tqdm(jobs, desc="ablation", unit="run", disable=None):
         run = [f"seed={seed}", f"out={folder / 'state'}", "codes=none"]
         own = override(config, [*changes, *run, f"save_every={config.epochs + 1}"])
         data = load_data(own.data, own.encoder)

@@ -170,7 +170,7 @@ def _write(
                 total=store.shape[0],
                 desc=f"frozen part, {view}",
                 unit="item",
-                disable=not progress_bar,
+                disable=None if progress_bar else True,
             )
             with bar:
                 for rows in _outputs(encoder, view, store):

@@ -16,7 +16,10 @@ from vhabl.matfile import read_mat
 from vhabl.types import Codes
 
 _ORACLE = "oracle_labels"
-_LAYOUT = "val_B, retrieval_B, L_te, L_db (fused) or q_img, q_txt, r_img, r_txt, q_l, r_l (cross)"
+_LAYOUT = (
+    "a code file of val_B, retrieval_B, L_te, L_db (fused) or "
+    "q_img, q_txt, r_img, r_txt, q_l, r_l (cross)"
+)
 
 
 def binarise(h: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ def load(path: Path) -> dict[str, Codes]:
 
     Raises VhablError where a key is missing, a code is not +-1 (or 0/1), or sizes disagree.
     """
-    arrays = read_npz(path) if path.suffix == ".npz" else read_mat(path)
+    arrays = read_npz(path) if path.suffix == ".npz" else read_mat(path, expected=_LAYOUT)
     if "val_B" in arrays and "retrieval_B" in arrays:
         judges = {"val_B": "L_te", "retrieval_B": "L_db"}
         tasks = {"fused": ("val_B", "retrieval_B")}

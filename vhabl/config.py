@@ -299,6 +299,8 @@ def _layers(recipe: dict[str, Any], given: dict[str, Any], where: object) -> lis
     if given.get("protocol", recipe.get("protocol")) == "own":
         chosen = own_data.get(chosen, chosen)
     path = CONFIG_DIR / "data" / f"{chosen}.yaml"
+    if not data_names():
+        fail(path.parent, "no such folder", "a clone of vhabl, installed with pip install -e")
     if chosen not in data_names():
         fail("key data", repr(chosen), f"one of {', '.join(data_names())}")
     if not isinstance(for_data, dict):

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
@@ -29,8 +30,9 @@ def fail(where: object, found: str, expected: str) -> NoReturn:
     raise VhablError(f"{where}: found {found}; expected {expected}")
 
 
+@cache
 def note(text: str) -> None:
-    """Tell the user something that is no error, on stderr."""
+    """Tell the user something that is no error, on stderr, once."""
     print(f"note: {text}", file=sys.stderr)
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vhabl import codebooks
 from vhabl.data import without
 from vhabl.data.images import read, rows_in_order
+from vhabl.errors import note, plural
 from vhabl.methods.base import HashingMethod
 from vhabl.metrics import (
     HEADLINE,
@@ -135,7 +136,9 @@ def _of_all(
     """What `run` gives for every batch of a split, joined."""
     method.eval()
     parts: dict[int, dict[str, list[Tensor]]] = {}
-    bar = tqdm(total=len(split), desc="encoding", unit="item", disable=not progress_bar)
+    bar = tqdm(
+        total=len(split), desc="encoding", unit="item", disable=None if progress_bar else True
+    )
     for batch in batches_in_order(method, split):
         bar.update(len(batch.index))
         for bits, views in run(batch).items():
@@ -343,6 +346,9 @@ def measure(
     a match.
     """
     asked = {"headline": HEADLINE}.get(measures, MEASURES)
+    if measures != "headline" and len(codes.database) <= 100:
+        items = plural(len(codes.database), "item")
+        note(f"recall@100 is 1 for any codes: the database has {items}")
     counted = len(asked)
     if measures == "curves":
         named = {(m.name, m.ties) for m in asked}

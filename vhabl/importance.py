@@ -231,7 +231,7 @@ def main(arguments: list[str]) -> int:
         errors.fail("key bits", str(config.bits), f"a length of at least {PREFIXES[0]}")
     data = load_data(config.data, config.encoder)
     rows: list[Row] = []
-    for seed in tqdm(given.seeds, desc=given.experiment, unit="seed"):
+    for seed in tqdm(given.seeds, desc=given.experiment, unit="seed", disable=None):
         rows += EXPERIMENTS[given.experiment](config, data, seed)
     for experiment in dict.fromkeys(r.experiment for r in rows):
         part = [r for r in rows if r.experiment == experiment]

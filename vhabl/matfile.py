@@ -19,38 +19,39 @@ _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _EXPECTED = "a MATLAB 5 or 7.3 file"
 
 
-def is_hdf5(path: Path) -> bool:
-    """Whether a file is HDF5, with or without MATLAB's 512-byte header. Raises VhablError."""
+def is_hdf5(path: Path, expected: str = _EXPECTED) -> bool:
+    """Whether a file is HDF5, with or without MATLAB's 512-byte header. Raises VhablError, which
+    says what was expected.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(520)
     except FileNotFoundError:
-        fail(path, "no such file", _EXPECTED)
+        fail(path, "no such file", expected)
     except IsADirectoryError:
-        fail(path, "a folder", _EXPECTED)
+        fail(path, "a folder", expected)
     if head[:8] == _HDF5_SIGNATURE or head[512:520] == _HDF5_SIGNATURE:
         return True
     # A MATLAB 5 header is 124 bytes of text and offsets, then version 0x0100 and an endian mark.
     if len(head) >= 128 and head[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
         return False
-    fail(
-        path,
-        f"{len(head)} bytes that begin with {head[:8]!r}" if head else "an empty file",
-        _EXPECTED,
-    )
+    found = f"a file that begins with {head[:8]!r}" if head else "an empty file"
+    fail(path, found, expected)
 
 
-def read_mat(path: Path, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+def read_mat(
+    path: Path, keys: Iterable[str] | None = None, expected: str = _EXPECTED
+) -> dict[str, np.ndarray]:
     """The variables of a MATLAB file as dense arrays in MATLAB's orientation.
 
     Version 7.3 stores each array transposed; it is turned back here. Sparse matrices become dense;
     cell arrays of strings become object arrays of str. keys: read these only, where present. The
     file is read by another process (`vhabl.apart`). Raises VhablError where it is missing, damaged
-    or of another kind.
+    or of another kind, which says what was expected.
     """
     wanted = None if keys is None else set(keys)
-    read = _read_hdf5 if is_hdf5(path) else _read_v5
-    return read_apart(path, lambda: read(path, wanted), _EXPECTED)
+    read = _read_hdf5 if is_hdf5(path, expected) else _read_v5
+    return read_apart(path, lambda: read(path, wanted), expected)
 
 
 def _read_v5(path: Path, wanted: set[str] | None) -> Iterator[tuple[str, np.ndarray]]:
@@ -87,9 +88,12 @@ def _checked(matrix: Any) -> Any:
 def _read_hdf5(path: Path, wanted: set[str] | None) -> Iterator[tuple[str, np.ndarray | Blocks]]:
     with h5py.File(path, "r") as file:
         for name in file:
-            if not name.startswith("#") and (wanted is None or name in wanted):
-                node = _held(file, name)
-                yield name, _in_blocks(node) if _is_numeric(node) else _hdf5_value(file, node)
+            if name.startswith("#") or (wanted is not None and name not in wanted):
+                continue
+            node = _held(file, name)
+            if wanted is None and node.attrs.get("MATLAB_class") == b"struct":
+                continue  # it stands beside the arrays
+            yield name, _in_blocks(node) if _is_numeric(node) else _hdf5_value(file, node)
 
 
 def _held(place: h5py.Group, name: str | h5py.Reference) -> h5py.Group | h5py.Dataset:
@@ -128,7 +132,7 @@ def _in_blocks(node: h5py.Dataset) -> Blocks:
 def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
     if isinstance(node, h5py.Group):
         if "MATLAB_sparse" not in node.attrs:
-            raise ValueError(f"{node.name} is a structure, not an array")
+            fail(f"{file.filename}: key {node.name[1:]}", "a structure", "an array")
         columns = _held(node, "jc")[()]
         shape = (int(node.attrs["MATLAB_sparse"]), len(columns) - 1)
         data, rows = [], []  # of a matrix without entries MATLAB stores neither

@@ -119,6 +119,8 @@ def load(folder: Path) -> Run:
     Raises VhablError where there is no finished run, or the file is damaged or does not fit.
     """
     path = folder / WEIGHTS_FILE
+    if not folder.exists():
+        fail(folder, "no such folder", "the folder of a finished run")
     if not path.is_file():
         fail(
             folder,

@@ -168,7 +168,7 @@ class Trainer:
             initial=progress.epoch,
             desc=title,
             unit="epoch",
-            disable=not self.progress_bar,
+            disable=None if self.progress_bar else True,  # None: at a terminal alone
         )
         log = self._log()
         with bar, StopRequests("this epoch", self.here.size == 1) as requests:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from unicodedata import category
 
 from vhabl import errors
 from vhabl.data.table import read_items
@@ -22,6 +23,8 @@ from vhabl.search.approximate import GRAPHS
 from vhabl.search.engine import ENGINES, MODES
 from vhabl.search.index import Index
 from vhabl.settings import DataConfig
+
+LONGEST = 200  # characters of a caption that are printed
 
 
 def main(arguments: list[str]) -> int:
@@ -119,12 +122,18 @@ def ask(index: Index, given: argparse.Namespace) -> None:
             print(json.dumps(hit.as_dict()))
         return
     for rank, hit in enumerate(hits, 1):
-        labels = f"  [{', '.join(hit.labels)}]" if hit.labels else ""
-        print(
-            f"{rank:3d}. {hit.distance:4d}  {hit.caption or hit.id}{labels}  {hit.image}".rstrip()
-        )
+        labels = f"  [{one_line(', '.join(hit.labels))}]" if hit.labels else ""
+        caption, image = one_line(hit.caption or hit.id), one_line(hit.image)
+        print(f"{rank:3d}. {hit.distance:4d}  {caption}{labels}  {image}".rstrip())
     if not hits:
         errors.note("no item passes the filter")
+
+
+def one_line(text: str) -> str:
+    """A text on one line of at most 200 characters, for a terminal: control characters escaped."""
+    line = " ".join(text.split())
+    shown = line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+    return "".join(f"\\x{ord(c):02x}" if category(c) == "Cc" else c for c in shown)
 
 
 def describe(index: Index) -> str:

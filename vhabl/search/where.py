@@ -110,8 +110,9 @@ class _Parser:
         quote = token[0]
         name = token[1:-1].replace(2 * quote, quote)
         if name not in self.names:
-            near = get_close_matches(name, self.names, 3, 0.0)
-            fail(f"filter {self.text!r}: label", repr(name), f"one such as {', '.join(near)}")
+            near = ", ".join(get_close_matches(name, self.names, 3, 0.0))
+            known = f"one such as {near}" if near else "no filter: the index has no labels"
+            fail(f"filter {self.text!r}: label", repr(name), known)
         return Filter("has", label=self.names.index(name))
 
     def _next(self) -> str:
