@@ -492,7 +492,7 @@ def test_the_module_runs_as_a_program(feature_file: Path, tmp_path: Path) -> Non
     assert "| VH-ABL " in done.stdout
     bad = program("vhabl.train", *training(feature_file, "epoch=1"))
     assert bad.returncode == 2 and "Traceback" not in bad.stderr
-    assert "did you mean epochs?" in bad.stderr
+    assert "Did you mean 'epochs'?" in bad.stderr
 
 
 @pytest.mark.parametrize(

@@ -962,7 +962,7 @@ def test_the_check_of_disagreeing_files_says_so(tmp_path: Path) -> None:
     file.write_text(f"name: mine\nkind: pairs\npath: {folder}\nquery: 2\ntrain: 3\n")
     with pytest.raises(VhablError, match="found 5 captions, 7 images and 7 label rows"):
         data_command.main(["check", str(file)])
-    with pytest.raises(VhablError, match=r"pairs\.yaml: key data\.sise: found an unknown key"):
+    with pytest.raises(VhablError, match=r"pairs\.yaml: unknown key 'data\.sise'"):
         file.write_text("name: mine\nsise: 2\n")
         data_command.main(["check", str(file)])
 

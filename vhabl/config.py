@@ -352,8 +352,8 @@ def _unknown_key(types: dict[str, Any], name: str, where: object) -> VhablError:
         by_leaf = {known.rpartition(".")[2]: known for known in types}
         leaves = difflib.get_close_matches(name.rpartition(".")[2], by_leaf, n=1)
         near = [by_leaf[leaf] for leaf in leaves]
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return VhablError(f"{where}: key {name}: found an unknown key; expected one of --help{hint}")
+    hint = f"Did you mean '{near[0]}'?" if near else "python -m vhabl.train --help lists all keys."
+    return VhablError(f"{where}: unknown key '{name}'. {hint}")
 
 
 def _build(cls: Any, values: dict[str, Any], where: object, prefix: str = "") -> Any:
