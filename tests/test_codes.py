@@ -101,6 +101,18 @@ def assert_equal_tasks(found: dict[str, Codes], expected: dict[str, Codes]) -> N
             np.testing.assert_array_equal(array, getattr(own, name), err_msg=f"{task} {name}")
 
 
+def test_labels_may_be_class_numbers_and_one_column_of_0_and_1_is_refused(tmp_path: Path) -> None:
+    arrays = fused_arrays()
+    numbers = {"L_te": np.array([1, 2, 3, 1]), "L_db": np.array([1, 2, 3, 3, 2, 1])}
+    path = tmp_path / "codes.mat"
+    scipy.io.savemat(path, arrays | {name: n[:, None] for name, n in numbers.items()})
+    found = codes.load(path)["fused"]
+    assert found.query_labels.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    assert found.database_labels.argmax(axis=1).tolist() == [0, 1, 2, 2, 1, 0]
+    scipy.io.savemat(path, arrays | {name: n[:, None] % 2 for name, n in numbers.items()})
+    assert_load_fails(path, ["L_te", "one column of 0 and 1", "class numbers from 1"])
+
+
 # The sign and packing
 
 
@@ -279,9 +291,9 @@ BAD_ARRAYS = {
     ),
     "differing classes": (
         replaced("L_db", lambda y: y[:, :2]),
-        ["L_te", "L_db", "3 and 2 classes"],
+        ["L_te", "L_db", "3 columns in L_te, 2 columns in L_db"],
     ),
-    "label 2": (replaced("L_te", with_value(2)), ["L_te", "value 2", "0 and 1"]),
+    "label 2": (replaced("L_te", with_value(2)), ["L_te", "2 in row", "0 and 1"]),
     "label nan": (replaced("r_l", with_value(np.nan), cross=True), ["r_l", "nan", "0 and 1"]),
     "label text": (replaced("L_te", lambda y: "cat"), ["L_te", "U3", "items x classes"]),
     "too few queries": (replaced("val_B", lambda b: b[:3]), ["val_B", "3 codes", "4 label rows"]),

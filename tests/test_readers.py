@@ -30,7 +30,7 @@ from vhabl.data import __main__ as data_command
 from vhabl.data import collection, load, validation_split, without
 from vhabl.data.features import load_features
 from vhabl.data.images import open_image, read, read_pixels, read_whole, to_pixels
-from vhabl.data.pairs import describe_images, draw, read_pairs, to_splits, words
+from vhabl.data.pairs import Pairs, describe_images, draw, read_pairs, to_splits, words
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
 from vhabl.matfile import is_hdf5, read_mat
@@ -396,14 +396,13 @@ def test_a_class_that_queries_alone_have_is_a_class_of_all(tmp_path: Path) -> No
     assert query.labels.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
 
 
-def test_one_column_of_0_and_1_is_one_class(tmp_path: Path) -> None:
+def test_one_column_of_0_and_1_is_refused_as_it_may_be_two_classes(tmp_path: Path) -> None:
     path, arrays = tmp_path / "f.mat", feature_arrays()
     for role, rows in ROWS.items():
         arrays[f"L_{role}"] = np.arange(rows)[:, None] % 2
     write_mat5(path, arrays)
-    found = load(features_config(path))
-    assert found.query.labels.tolist() == [[0], [1], [0]]
-    assert "query: 2 items without a label" in found.notes
+    with pytest.raises(VhablError, match=r"key L_tr: found one column of 0 and 1.*class numbers"):
+        load(features_config(path))
 
 
 def test_a_large_class_number_takes_no_square_of_memory(tmp_path: Path) -> None:
@@ -803,10 +802,15 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], None], dict[str, Any], list[str]]] =
     "class numbers": (
         rewrite("label.mat", {"label": np.arange(7)[:, None]}),
         {},
-        ["label.mat", "0 and 1"],
+        ["label.mat", "0 in row 1", "class numbers that begin at 1"],
     ),
     "no class": (rewrite("label.mat", {"label": np.zeros((7, 0))}), {}, ["label.mat", "(7, 0)"]),
-    "label texts": (rewrite("label.mat", {"label": ["cat"] * 7}), {}, ["label.mat", "0 and 1"]),
+    "label texts": (rewrite("label.mat", {"label": ["cat"] * 7}), {}, ["label.mat", "numbers"]),
+    "one column": (
+        rewrite("label.mat", {"label": np.arange(7)[:, None] % 2}),
+        {},
+        ["label.mat", "one column of 0 and 1"],
+    ),
     "no image": (lambda p: (p / "images" / "3.png").unlink(), {}, ["3.png", "no such file"]),
     "text as image": (
         lambda p: replace_bytes(p / "images" / "3.png", lambda b: b"text"),
@@ -1034,6 +1038,97 @@ def test_cells_of_a_table(tmp_path: Path, kind: str, capsys: pytest.CaptureFixtu
     assert told == f"note: {path}: 1 row without a label: no part in training and evaluation\n"
     ordered = read_table(path, table_config(class_names=["odd", "even", "third"]))
     assert ordered.labels.shape == (6, 3) and ordered.labels[0].tolist() == [1, 1, 0]
+
+
+def labelled(tmp_path: Path, kind: str, cells: list[Any], **changes: Any) -> Pairs:
+    folder = write_pairs(tmp_path / "p")
+    rows = [{**TABLE[row], "labels": cell} for row, cell in enumerate(cells)]
+    return read_table(write_table(folder, kind, rows), table_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cells"),
+    [
+        ("jsonl", [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], None]),
+        ("jsonl", [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], "nan"]),
+        ("parquet", [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], None]),
+        ("csv", ["1;0;0;1", "0;1;0;0", "0;0;0;0", ""]),
+        ("csv", ["[1, 0, 0, 1]", "[0, 1, 0, 0]", "[0, 0, 0, 0]", "NaN"]),
+    ],
+)
+def test_a_0_or_1_for_each_class_is_a_row_of_labels(
+    tmp_path: Path, kind: str, cells: list[Any]
+) -> None:
+    names = ["red", "square", "big", "old"]
+    pairs = labelled(tmp_path, kind, cells, class_names=names)
+    assert pairs.class_names == names and pairs.ids == ["0.png", "1.png"]
+    assert pairs.labels.tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
+    with pytest.raises(VhablError, match="labels: found 4 numbers of 0 and 1 a row; expected"):
+        labelled(tmp_path / "without", kind, cells)
+    with pytest.raises(VhablError, match=r"a row; .*data\.class_names"):
+        labelled(tmp_path / "fewer", kind, cells, class_names=names[:3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "cells"),
+    [
+        ("csv", ["['red', 'square']", "['square']", "[]", "nan"]),
+        ("csv", ['["red", "square"]', '["square"]', "[]", " "]),
+        ("jsonl", [["red", "square"], "square", [], float("nan")]),
+        ("jsonl", [["square", None, "red", ""], ["square"], [None], None]),
+    ],
+)
+def test_lists_of_labels_are_names_and_what_is_missing_is_none(
+    tmp_path: Path, kind: str, cells: list[Any]
+) -> None:
+    pairs = labelled(tmp_path, kind, cells)
+    assert pairs.class_names == ["red", "square"]
+    assert pairs.labels.tolist() == [[1, 1], [0, 1]]
+
+
+def test_class_numbers_are_names_even_where_they_are_0_and_1(tmp_path: Path) -> None:
+    for kind, cells in (("csv", ["0", "1", "0"]), ("jsonl", [0, 1, 0.0]), ("jsonl", [[0], [1], 0])):
+        pairs = labelled(tmp_path / kind / str(len(str(cells))), kind, cells)
+        assert pairs.class_names == ["0", "1"]
+        assert pairs.labels.tolist() == [[1, 0], [0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        ("csv", "[1 0 0 1]"),
+        ("csv", "['red' 'square']"),
+        ("csv", "{'red'}"),
+        ("csv", "[['red'], ['square']]"),
+        ("csv", "1 0 0 1"),
+        ("csv", "[" * 10_000),
+        ("jsonl", [["red"], ["square"]]),
+        ("jsonl", [{"name": "red"}]),
+        ("jsonl", {"name": "red"}),
+        ("jsonl", True),
+        ("jsonl", [True, False]),
+        ("jsonl", 0.5),
+    ],
+)
+def test_a_cell_that_holds_no_names_is_refused(tmp_path: Path, kind: str, cell: Any) -> None:
+    message = r"items\..*: row 2: column labels: found .*; expected (names of classes|0 and 1 with)"
+    with pytest.raises(VhablError, match=message) as caught:
+        labelled(tmp_path, kind, ["square", cell])
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 250
+
+
+def test_captions_are_texts_or_lists_of_them(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p")
+    cells = ["['a dog', 'two dogs']", "[2019] a dog", '["one"]', "[]", "[1, 2]"]
+    rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate(cells)]
+    pairs = read_table(write_table(folder, "csv", rows), table_config())
+    assert pairs.captions == ["a dog", "[2019] a dog", "one", "[]", "[1, 2]"]
+    assert pairs.further == [["two dogs"], [], [], [], []]
+    for cell in ({"raw": "a dog"}, [{"en": "a dog"}], '{"raw": "a dog"}', True, [["a"]], 3):
+        rows[1]["caption"] = cell
+        path = write_table(folder, "jsonl", rows)
+        with pytest.raises(VhablError, match="row 2: column caption: found "):
+            read_table(path, table_config())
 
 
 def test_columns_of_a_table_have_names_of_their_own(tmp_path: Path) -> None:

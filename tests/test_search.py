@@ -212,6 +212,21 @@ def test_a_caption_takes_one_line_of_a_terminal() -> None:
     assert __main__.one_line(family) == family
 
 
+def test_rows_that_are_added_keep_their_labels_and_may_share_a_picture(
+    index: Index, folder: Path
+) -> None:
+    name = index.engine.class_names[0]
+    rows = ["image,caption,labels", f"0.png,new one,{name}", "0.png,new two,", f"1.png,new,{name}"]
+    (folder / "more.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert __main__.main(["add", "index", "--table", str(folder / "more.csv")]) == 0
+    made = Index.open("index")
+    found = [made.engine.item(identity)[0].labels for identity in ("0.png", "0.png#2", "1.png")]
+    assert [list(labels) for labels in found] == [[name], [], [name]]
+    (folder / "more.csv").write_text("image,caption,labels\n0.png,a,no such\n", encoding="utf-8")
+    with pytest.raises(VhablError, match="found 'no such'; expected a class"):
+        __main__.main(["add", "index", "--table", str(folder / "more.csv")])
+
+
 # -- codes on disk ---------------------------------------------------------------------------------
 
 ABOUT = {

@@ -17,7 +17,8 @@ ROOT = Path(vhabl.__file__).parent
 # A part may import from its own level and from those above it in this list.
 LEVELS = (
     {"errors", "types"},
-    {"files", "apart", "matfile", "published", "ranks", "settings", "stopping", "weights"},
+    {"files", "apart", "matfile", "published", "ranks", "settings", "stopping"},
+    {"labels", "weights"},
     {"openclip", "cnn"},
     {"layers", "losses", "codes", "codebooks", "metrics", "optim", "scalars", "shards"},
     {"data", "encoders"},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vhabl.errors import brief, fail, note, plural
 from vhabl.files import atomic_path, check_archive
+from vhabl.labels import as_labels
 from vhabl.matfile import read_mat
 from vhabl.types import Codes
 
@@ -118,10 +119,7 @@ def load(path: Path) -> dict[str, Codes]:
     for key in needed:
         if key not in arrays:
             fail(f"{path}: key {key}", "nothing", _LAYOUT)
-    labels = {key: _labels(path, key, arrays[key]) for key in needed}
-    if len({values.shape[1] for values in labels.values()}) > 1:
-        classes = " and ".join(str(values.shape[1]) for values in labels.values())
-        fail(f"{path}: keys {' and '.join(labels)}", f"{classes} classes", "the same number")
+    labels = as_labels(path, {key: arrays[key] for key in needed}, lambda key: f"{path}: key {key}")
     result = {}
     for task, (query_key, database_key) in tasks.items():
         query = _codes(path, query_key, arrays[query_key])
@@ -209,16 +207,3 @@ def _codes(path: Path, key: str, values: np.ndarray) -> np.ndarray:
         note(f"{path}: key {key}: {plural(zeros, 'zero')} of a sign function taken as +1")
         return np.where(values >= 0, 1, -1).astype(np.int8)
     return np.where(values > 0, 1, -1).astype(np.int8)
-
-
-def _labels(path: Path, key: str, values: np.ndarray) -> np.ndarray:
-    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-        fail(
-            f"{path}: key {key}",
-            f"shape {values.shape} of type {values.dtype}",
-            "numbers, items x classes",
-        )
-    if not np.isin(values, (0, 1)).all():
-        shown = values[~np.isin(values, (0, 1))].flat[0]
-        fail(f"{path}: key {key}", f"value {shown:g}", "labels of 0 and 1")
-    return values.astype(np.uint8)

@@ -318,7 +318,7 @@ def _items(given: argparse.Namespace, model: Model) -> Items:
         return [file.name for file in files], files, None
     if given.table is not None:
         config = DataConfig("table", "table", str(given.table), image_root=given.image_root)
-        return read_items(given.table, config)
+        return read_items(given.table, config)[:3]
     if given.data is not None:
         config = load_data_config(given.data, given.overrides)
         found = collection(config, model.run.config.encoder)

@@ -22,6 +22,7 @@ from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
 from vhabl.data.images import ImageFiles, open_image
 from vhabl.errors import VhablError, fail, plural
+from vhabl.labels import as_labels
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.types import Rows, Split
@@ -49,18 +50,8 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
     """Read the raw layout. Raises VhablError where files are missing, damaged or disagree."""
     texts, names = _texts(path, "caption"), [first for first, *_ in _texts(path, "index")]
     captions, further = [first for first, *_ in texts], [others for _, *others in texts]
-    labels = _column(path, "label")
-    if (
-        labels.ndim != 2
-        or 0 in labels.shape
-        or labels.dtype.kind not in "fiub"
-        or not np.isin(labels, (0, 1)).all()
-    ):
-        fail(
-            f"{path / 'label.mat'}: key label",
-            f"shape {labels.shape} of type {labels.dtype} or values other than 0 and 1",
-            "items x classes of 0 and 1",
-        )
+    of_labels = {"label.mat": _column(path, "label")}
+    labels = as_labels(path, of_labels, lambda name: path / name)["label.mat"]
     if not len(captions) == len(names) == len(labels):
         fail(
             path,
@@ -75,7 +66,7 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
         fail(where, f"{len(class_names)} names", f"{labels.shape[1]}, as label.mat has columns")
     # Images are found by their base name under the configured folder.
     files = [path / config.image_root / Path(name).name for name in names]
-    return Pairs(names, captions, further, files, labels.astype(np.uint8), class_names)
+    return Pairs(names, captions, further, files, labels, class_names)
 
 
 def draw(items: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

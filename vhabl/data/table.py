@@ -4,9 +4,12 @@ columns of images, captions and labels.
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     """Read a table. Rows without a label take no part, and a note says how many there are; with
     `unlabelled` they do, and there need be no labels at all.
 
-    Labels are names: a list, or a text with `data.separator` between them. Image paths are relative
-    to `data.image_root` in the table's folder. Raises VhablError naming the file and the row.
+    Labels are names: a list, or a text with `data.separator` between them; with
+    `data.class_names` also a 0 or 1 for each class. Image paths are relative to `data.image_root`
+    in the table's folder. Raises VhablError naming the file and the row.
     """
     rows = list(_rows(path))
     for key in ("image_column", "caption_column", "label_column"):
@@ -32,7 +36,7 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
         if rows and column not in rows[0]:
             known = ", ".join(rows[0])
             fail(f"{path}: row 1", f"columns {known}", f"{column!r} (key data.{key})")
-    labels = [_labels(row.get(config.label_column), config.separator) for row in rows]
+    labels = _labels(path, rows, config)
     kept = [number for number, own in enumerate(labels) if own or unlabelled]
     if not kept:
         fail(f"{path}: column {config.label_column}", "no label in any row", "names of classes")
@@ -42,28 +46,28 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     names = config.class_names or sorted({name for number in kept for name in labels[number]})
     place = {name: i for i, name in enumerate(names)}
     matrix = np.zeros((len(kept), len(names)), np.uint8)
-    ids, captions, further, files, seen = [], [], [], [], set()
+    images = [_image_name(path, number, row, config) for number, row in enumerate(rows)]
+    every_id = _ids(images)
+    ids, captions, further, files = [], [], [], []
     for item, number in enumerate(kept):
         where = f"{path}: row {number + 1}"
         for name in labels[number]:
             if name not in place:
                 fail(where, f"label {name!r}", "one of data.class_names")
             matrix[item, place[name]] = 1
-        image = _image_name(path, number, rows[number], config)
-        first, *others = _captions(rows[number], config)
-        ids.append(f"{image}#{number + 1}" if image in seen else image)
-        seen.add(image)
+        first, *others = _captions(path, number, rows[number], config)
+        ids.append(every_id[number])
         captions.append(first)
         further.append(others)
-        files.append(path.parent / config.image_root / image)
+        files.append(path.parent / config.image_root / images[number])
     return Pairs(ids, captions, further, files, matrix, list(names))
 
 
 def read_items(
     path: Path, config: DataConfig
-) -> tuple[list[str], list[Path] | None, list[str] | None]:
-    """Ids, image files and captions of all rows, with or without labels; None for a column that
-    the table does not have. Raises VhablError naming the file and the row.
+) -> tuple[list[str], list[Path] | None, list[str] | None, list[list[str]]]:
+    """Ids, image files, captions and names of the classes of all rows; None for the images or
+    captions of a table without that column. Raises VhablError naming the file and the row.
     """
     if not path.exists():
         fail(path, "no such file", "a .csv, .tsv, .jsonl or .parquet table")
@@ -81,31 +85,111 @@ def read_items(
         names = [_image_name(path, n, row, config) for n, row in enumerate(rows)]
         files = [path.parent / config.image_root / name for name in names]
     if has[config.caption_column]:
-        captions = [_captions(row, config)[0] for row in rows]
-    ids = names if files is not None else [str(number + 1) for number in range(len(rows))]
-    return ids, files, captions
+        captions = [_captions(path, n, row, config)[0] for n, row in enumerate(rows)]
+    ids = _ids(names) if files is not None else [str(n) for n in range(1, len(rows) + 1)]
+    return ids, files, captions, _labels(path, rows, config)
+
+
+def _ids(images: Sequence[str]) -> list[str]:
+    """Names of images as ids. A name that was there before takes the row's number: a.png#7."""
+    first = {name: row for row, name in reversed(list(enumerate(images, 1)))}
+    return [name if first[name] == row else f"{name}#{row}" for row, name in enumerate(images, 1)]
 
 
 def _image_name(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> str:
     name = row.get(config.image_column)
     if not isinstance(name, str) or not name:
         where = f"{path}: row {number + 1}: column {config.image_column}"
-        fail(where, repr(name), "a file name")
+        fail(where, _shown(name), "a file name")
     return name
 
 
-def _captions(row: dict[str, Any], config: DataConfig) -> list[str]:
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
+def _is_missing(cell: Any) -> bool:
+    """Whether a cell holds nothing; pandas writes NaN for that, or the text of it."""
+    if isinstance(cell, str):
+        return cell.strip().lower() in ("", "nan")
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+_TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\d.]+)"""
+_LIST = re.compile(rf"\[\s*(?:{_TEXT}(?:\s*,\s*{_TEXT})*)?\s*\]", re.DOTALL)
+
+
+_BIT = re.compile(r"[01](?:\.0*)?")
+_BITS = re.compile(rf"(?:{_BIT.pattern}[\s,;|]+)+{_BIT.pattern}")  # with another separator
+
+
+def _list(cell: str) -> list[Any] | None:
+    """The list that a text is, as JSON or Python write it; None where it is another text."""
+    if not _LIST.fullmatch(cell.strip()):
+        return None
+    try:
+        return list(json.loads(cell))
+    except ValueError:
+        return list(ast.literal_eval(cell.strip()))
+
+
+def _captions(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> list[str]:
     """The captions of a row, at least one (an empty one where there is none)."""
-    found = row.get(config.caption_column)
-    listed = found if isinstance(found, list) else [found]
-    return ["" if c is None else str(c) for c in listed] or [""]
+    cell = row.get(config.caption_column)
+    listed = cell if isinstance(cell, list) else _list(cell) if isinstance(cell, str) else None
+    if not listed or (cell is not listed and not all(isinstance(c, str) for c in listed)):
+        listed = [cell] if cell != [] else [""]
+    texts = []
+    for text in listed:
+        if not _is_missing(text) and (not isinstance(text, str) or text.startswith(("{'", '{"'))):
+            where = f"{path}: row {number + 1}: column {config.caption_column}"
+            fail(where, _shown(cell), 'a text, or a list of texts such as ["a dog", "two dogs"]')
+        texts.append("" if _is_missing(text) else text)
+    return texts
 
 
-def _labels(cell: Any, separator: str) -> list[str]:
-    if cell is None:
-        return []
-    parts = cell if isinstance(cell, list) else str(cell).split(separator)
-    return [name for name in (str(part).strip() for part in parts) if name]
+def _labels(path: Path, rows: Sequence[dict[str, Any]], config: DataConfig) -> list[list[str]]:
+    """The names of each row's classes. A 0 or 1 for each class, in all rows, stands for names."""
+    column = config.label_column
+    found = [
+        _names(f"{path}: row {number + 1}: column {column}", row.get(column), config.separator)
+        for number, row in enumerate(rows)
+    ]
+    cells = [own for own in found if own]
+    sizes = {len(own) for own in cells}
+    names = config.class_names
+    if sizes in (set(), {1}) or not all(_BIT.fullmatch(name) for own in cells for name in own):
+        return found
+    if sizes != {len(names)}:
+        what = f"{' or '.join(map(str, sorted(sizes)))} numbers of 0 and 1 a row"
+        expected = "a number for each of data.class_names, or names of classes"
+        fail(f"{path}: column {column}", what, expected)
+    return [[name for name, has in zip(names, own, strict=False) if has[0] == "1"] for own in found]
+
+
+def _names(where: str, cell: Any, separator: str) -> list[str]:
+    """A cell of labels as names. Raises VhablError where it is no name, number or list of them."""
+    parts: list[Any] | None
+    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+        parts = _list(cell)
+    elif isinstance(cell, str):
+        parts = cell.split(separator)
+    else:
+        parts = cell if isinstance(cell, list) else [cell]
+    names = []
+    for part in parts if parts is not None else [{}]:
+        if _is_missing(part):
+            continue
+        whole = isinstance(part, float) and part.is_integer()  # pandas makes floats of numbers
+        if isinstance(part, bool) or not (isinstance(part, str | int) or whole):
+            expected = f'names of classes, such as "red{separator}square" or ["red", "square"]'
+            fail(where, _shown(cell), expected)
+        name = part.strip() if isinstance(part, str) else str(int(part))
+        if _BITS.fullmatch(name):
+            fail(where, f"the text {_shown(name)}", f"0 and 1 with {separator!r} between them")
+        names.append(name)
+    return names
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:

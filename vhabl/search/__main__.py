@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     add = commands.add_parser("add", help="encode the rows of a table and add them")
     add.add_argument("index", metavar="INDEX", help="folder of the index")
     add.add_argument("--table", type=Path, required=True, metavar="FILE",
-                     help="with columns image and caption")  # fmt: skip
+                     help="with columns image, caption and, if any, labels")  # fmt: skip
     add.add_argument("--image-root", default="images", metavar="DIR",
                      help="folder of the table's images, beside it [images]")  # fmt: skip
     delete = commands.add_parser("delete", help="delete items by their ids")
@@ -101,9 +101,12 @@ def main(arguments: list[str]) -> int:
         serve_page(index, given.host, given.port, given.allow_host)
         return 0
     if given.command == "add":
-        config = DataConfig("table", "table", str(given.table), image_root=given.image_root)
-        ids, images, texts = read_items(given.table, config)
-        index.add(images, texts, ids)
+        config = DataConfig(
+            "table", "table", str(given.table), image_root=given.image_root,
+            class_names=index.engine.class_names,
+        )  # fmt: skip
+        ids, images, texts, labels = read_items(given.table, config)
+        index.add(images, texts, ids, labels)
     elif given.command == "delete":
         index.delete(given.id)
     else:
