@@ -634,6 +634,29 @@ def write_pairs(
     return folder
 
 
+@pytest.mark.parametrize("below", ["", "images/"])
+@pytest.mark.parametrize("write", [write_mat5, write_mat73])
+def test_images_are_found_with_the_folders_of_their_names(
+    tmp_path: Path, write: Write, below: str
+) -> None:
+    folder = write_pairs(tmp_path / "p", write)
+    names = [f"{kind}/{i}.png" for i in range(4) for kind in ("red", "blue")][:7]
+    for i, name in enumerate(names):
+        (folder / "images" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(folder / "images" / name)
+    separators = [name.replace("/", "\\") if i % 2 else name for i, name in enumerate(names)]
+    padded = np.array([f"{below}{name}".ljust(40) for name in separators])
+    write(folder / "index.mat", {"index": padded})
+    pairs = read_pairs(folder, pairs_config())
+    assert pairs.files == [folder / "images" / name for name in names]
+    assert pairs.ids == [below + name for name in separators]
+    for name in ("red", "blue"):
+        for file in (folder / "images" / name).iterdir():
+            file.rename(folder / "images" / file.name)
+    with pytest.raises(VhablError, match=r"red/0.png and .*blue.0.png, which both lead to .*0.png"):
+        read_pairs(folder, pairs_config())
+
+
 def pairs_config(**changes: Any) -> DataConfig:
     settings = {"query": 2, "train": 3, "min_count": 1} | changes
     return DataConfig(name="own", kind="pairs", path="pairs", **settings)

@@ -35,7 +35,7 @@ from vhabl import cnn, openclip, runs, train
 from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method, override
 from vhabl.data import load as load_data
-from vhabl.data.images import ImageFiles, open_image, read, read_pixels, to_pixels
+from vhabl.data.images import ImageFiles, open_image, read, read_pixels, read_whole, to_pixels
 from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling, PixelEncoder
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
@@ -437,6 +437,83 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:4000])
     with pytest.raises(VhablError, match=r"x.jpg: found an image that cannot be read"):
         read_pixels(tmp_path / "x.jpg", 32, squeeze=False)
+
+
+STORED = {  # how a camera stores an upright picture, by the orientation that EXIF then says
+    1: lambda u: u,
+    2: lambda u: u[:, ::-1],
+    3: lambda u: u[::-1, ::-1],
+    4: lambda u: u[::-1],
+    5: lambda u: u.swapaxes(0, 1),
+    6: lambda u: np.rot90(u),
+    7: lambda u: u[::-1, ::-1].swapaxes(0, 1),
+    8: lambda u: np.rot90(u, -1),
+}
+
+
+def stored(upright: np.ndarray, orientation: int, file: Path, **options: Any) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = np.ascontiguousarray(STORED[orientation](upright))
+    Image.fromarray(content).save(file, exif=exif, **options)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_pictures_stand_upright(orientation: int, kind: str, tmp_path: Path) -> None:
+    upright = np.random.default_rng(0).integers(0, 256, (21, 34, 3), np.uint8)
+    lossless = {"lossless": True} if kind == "webp" else {}
+    file = stored(upright, orientation, tmp_path / f"x.{kind}", **lossless)
+    with Image.open(file) as kept:
+        for found in (open_image(file), open_image(kept)):
+            assert np.array_equal(np.asarray(found), upright)
+    for squeeze in (True, False):
+        expected = to_pixels(Image.fromarray(upright), 16, squeeze)
+        assert np.array_equal(read_pixels(file, 16, squeeze), expected)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_part_of_a_turned_jpeg_is_in_its_place(orientation: int, tmp_path: Path) -> None:
+    """At an eighth, 641 x 481 pixels fill 80.1 x 60.1 of 81 x 61; here the rest is to be left."""
+    upright = np.random.default_rng(0).integers(0, 256, (13, 17, 3), np.uint8)
+    upright = np.asarray(Image.fromarray(upright).resize((641, 481), Image.Resampling.BICUBIC))
+    file = stored(upright, orientation, tmp_path / "x.jpg", quality=95)
+    for squeeze in (True, False):
+        whole = to_pixels(Image.fromarray(upright), 20, squeeze).astype(int)
+        assert np.abs(read_pixels(file, 20, squeeze) - whole).mean() < 1.5
+    kept = read_whole(file, 20, False)
+    assert kept.shape == (3, 20, 27)
+
+
+def test_damaged_exif_leaves_a_picture_as_it_is(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 8), "red").save(tmp_path / "x.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert open_image(tmp_path / "x.png").size == (9, 8)
+
+
+@pytest.mark.parametrize("kind", ["RGBA.png", "RGBA.webp", "LA.png", "P.png", "PA.tiff"])
+def test_transparent_parts_are_white_whatever_they_hide(kind: str, tmp_path: Path) -> None:
+    mode, _, ending = kind.partition(".")
+    found = []
+    for hidden in (0, 90, 255):
+        pixels = np.full((8, 8, 4), hidden, np.uint8)
+        pixels[..., 3] = 0
+        pixels[:4] = (60, 60, 60, 255)
+        picture = Image.fromarray(pixels)
+        picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+        file = tmp_path / f"x.{ending}"
+        options = {"lossless": True, "exact": True} if ending == "webp" else {}
+        picture.save(file, **options)
+        found.append(np.asarray(open_image(file)))
+    expected = np.full((8, 8, 3), 255)
+    expected[:4] = 60
+    assert all(np.array_equal(picture, expected) for picture in found)
+
+
+def test_half_transparent_parts_are_mixed_with_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 100, 51)).save(tmp_path / "x.png")  # a fifth
+    for found in (open_image(tmp_path / "x.png"), open_image(Image.open(tmp_path / "x.png"))):
+        assert found.getpixel((3, 3)) == (255, 204, 224)  # 0.2 x 100 + 0.8 x 255
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16"])

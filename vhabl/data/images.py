@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from vhabl.errors import VhablError, fail
@@ -25,8 +25,9 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 
 
 def open_image(path: Path | BinaryIO | Image.Image, name: str = "") -> Image.Image:
-    """A whole image as RGB. name: what a message calls it, by default its path. Raises VhablError
-    where it is missing, damaged, absurdly large or absurdly long.
+    """A whole image as RGB, upright as its EXIF says, transparent parts on white. name: what a
+    message calls it, by default its path. Raises VhablError where it is missing, damaged, absurdly
+    large or absurdly long.
     """
     return _decoded(path, name)[0]
 
@@ -36,39 +37,53 @@ def read_pixels(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) -
     a half, a quarter or an eighth of its size, at least three times as large as `side`: on the
     average a pixel changes by less than half a level of 255. Raises VhablError as `open_image`.
     """
-    image, extent = _decoded(path, "", REDUCED * side)
-    return to_pixels(image, side, squeeze, extent)
+    image, box = _decoded(path, "", REDUCED * side)
+    return to_pixels(image, side, squeeze, box)
 
 
 def read_whole(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) -> np.ndarray:
     """The whole of an image, its short side resized to `side`, or squeezed to a square: [3, h, w]
     uint8. Decoded as by `read_pixels`. Raises VhablError as `open_image`.
     """
-    image, (width, height) = _decoded(path, "", REDUCED * side)
-    size = (side, side) if squeeze else _resized(width, height, side)
-    return _array(image.resize(size, Image.Resampling.BICUBIC, (0, 0, width, height)))
+    image, box = _decoded(path, "", REDUCED * side)
+    size = (side, side) if squeeze else _resized(box[2] - box[0], box[3] - box[1], side)
+    return _array(image.resize(size, Image.Resampling.BICUBIC, box))
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+# EXIF's orientations: what turns a picture upright, and whether that swaps its sides, and has its
+# columns and its rows run the other way.
+TURNS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
+    3: (Image.Transpose.ROTATE_180, False, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
+    5: (Image.Transpose.TRANSPOSE, True, False, False),
+    6: (Image.Transpose.ROTATE_270, True, True, False),
+    7: (Image.Transpose.TRANSVERSE, True, True, True),
+    8: (Image.Transpose.ROTATE_90, True, False, True),
+}
 
 
 def _decoded(
     path: Path | BinaryIO | Image.Image, name: str, least: int = 0
-) -> tuple[Image.Image, tuple[float, float]]:
-    """An image as RGB, with the width and height that the picture takes of it, in pixels: where it
-    is decoded at a part of its size, of its last column and row a part may lie beyond the picture.
+) -> tuple[Image.Image, Box]:
+    """An image as `open_image` gives it, and the part of it that is the picture: where it is
+    decoded at a part of its size, some of an outer column and row may lie beyond the picture.
     least: the sides that a JPEG keeps at least; 0 decodes it whole.
     """
     if isinstance(path, Image.Image):
-        return path.convert("RGB"), path.size
+        return _upright(path, path.size)
     try:
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > LONGEST * min(image.size):  # its short side would be enlarged
                 raise ValueError(f"{image.width} x {image.height} pixels")
             width, height = image.size
             reduced = image.draft(None, (least, least)) if least else None
-            size = reduced[1][2:] if reduced else image.size
+            size = reduced[1][2:] if reduced else (width, height)
             if width * height > 2 * PIXELS or image.width * image.height > PIXELS:
                 raise ValueError(f"{width} x {height} pixels")
-            deep = image.mode in ("I", "F") or image.mode.startswith("I;")
-            return (_to_grey(image) if deep else image).convert("RGB"), size
+            return _upright(image, size)
     except FileNotFoundError:
         fail(path, "no such file", "the image of an item")
     except Exception as error:  # damaged bytes raise many types
@@ -76,6 +91,31 @@ def _decoded(
             f"{name or path}: found an image that cannot be read ({error}); expected a whole "
             f"picture ({', '.join(FORMATS)})"
         ) from None
+
+
+def _upright(image: Image.Image, size: tuple[float, float]) -> tuple[Image.Image, Box]:
+    """An image as RGB, and the box of its picture, which begins at its top left corner."""
+    image.load()  # a PNG may have its EXIF at its end
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF raises many types, and the picture may be whole
+        orientation = None
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        found = _to_grey(image).convert("RGB")
+    elif image.has_transparency_data:
+        found = Image.new("RGBA", image.size, "white")
+        found.alpha_composite(image.convert("RGBA"))
+        found = found.convert("RGB")
+    else:
+        found = image.convert("RGB")
+    (width, height), (x, y) = size, (found.width - size[0], found.height - size[1])
+    if orientation not in TURNS:
+        return found, (0, 0, width, height)
+    turn, swapped, from_right, from_bottom = TURNS[orientation]
+    if swapped:
+        width, height, x, y = height, width, y, x
+    left, top = x * from_right, y * from_bottom
+    return found.transpose(turn), (left, top, left + width, top + height)
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
@@ -92,23 +132,23 @@ def _to_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def to_pixels(
-    image: Image.Image, side: int, squeeze: bool, extent: tuple[float, float] | None = None
-) -> np.ndarray:
+def to_pixels(image: Image.Image, side: int, squeeze: bool, box: Box | None = None) -> np.ndarray:
     """The image with its short side resized to `side` and the centre cut out, or squeezed to a
-    square: [3, side, side] uint8. extent: the width and height that the picture takes of the image.
+    square: [3, side, side] uint8. box: the part of the image that is the picture, by default all.
     """
     bicubic = Image.Resampling.BICUBIC
-    width, height = extent or image.size
+    x0, y0, x1, y1 = box or (0, 0, *image.size)
+    width, height = x1 - x0, y1 - y0
     if squeeze:
-        image = image.resize((side, side), bicubic, (0, 0, width, height))
+        image = image.resize((side, side), bicubic, (x0, y0, x1, y1))
     else:
         size = _resized(width, height, side)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
         # Of the resized image only the centre is computed, from this box.
         x, y = width / size[0], height / size[1]
         right, bottom = min(width, (left + side) * x), min(height, (top + side) * y)
-        image = image.resize((side, side), bicubic, (left * x, top * y, right, bottom))
+        cut = (x0 + left * x, y0 + top * y, x0 + right, y0 + bottom)
+        image = image.resize((side, side), bicubic, cut)
     return _array(image)
 
 

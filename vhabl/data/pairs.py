@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image
@@ -48,7 +48,8 @@ class Pairs:
 
 def read_pairs(path: Path, config: DataConfig) -> Pairs:
     """Read the raw layout. Raises VhablError where files are missing, damaged or disagree."""
-    texts, names = _texts(path, "caption"), [first for first, *_ in _texts(path, "index")]
+    texts = _texts(path, "caption")
+    names = [first.strip() for first, *_ in _texts(path, "index")]  # rows of characters are padded
     captions, further = [first for first, *_ in texts], [others for _, *others in texts]
     of_labels = {"label.mat": _column(path, "label")}
     labels = as_labels(path, of_labels, lambda name: path / name)["label.mat"]
@@ -64,9 +65,28 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
     if class_names and len(class_names) != labels.shape[1]:
         where = "key data.class_names" if config.class_names else listed
         fail(where, f"{len(class_names)} names", f"{labels.shape[1]}, as label.mat has columns")
-    # Images are found by their base name under the configured folder.
-    files = [path / config.image_root / Path(name).name for name in names]
+    files = [_image_file(path, config.image_root, name) for name in names]
+    first = dict(zip(reversed(files), reversed(names), strict=True))
+    for name, file in zip(names, files, strict=True):
+        if name != first[file]:
+            fail(
+                path / "index.mat",
+                f"{first[file]} and {name}, which both lead to {file}",
+                f"each of them below {path / config.image_root}",
+            )
     return Pairs(names, captions, further, files, labels, class_names)
+
+
+def _image_file(path: Path, root: str, name: str) -> Path:
+    """The image that a name leads to below the folder of images, with either system's separators:
+    with the folders in its name where it is there, else by its base name.
+    """
+    own, folder = PureWindowsPath(name), Path(root).parts
+    parts = tuple(part for part in own.parts if part not in (own.anchor, ".."))
+    if parts[: len(folder)] == folder:
+        parts = parts[len(folder) :]
+    whole = path.joinpath(root, *parts)
+    return whole if len(parts) > 1 and whole.is_file() else path / root / own.name
 
 
 def draw(items: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ import uvicorn
 from fastapi import FastAPI, File, Form, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -194,7 +194,11 @@ class Page:
         try:
             with Image.open(hit.image, formats=FORMATS) as opened:
                 clear = opened.has_transparency_data
-                image = opened.convert("RGBA") if clear else open_image(Path(hit.image))
+                image = (
+                    ImageOps.exif_transpose(opened).convert("RGBA")
+                    if clear
+                    else open_image(Path(hit.image))
+                )
             image.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             fail(f"picture of {identity}", "a file that is gone or damaged", "that of the index")
