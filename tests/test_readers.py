@@ -405,6 +405,19 @@ def test_one_column_of_0_and_1_is_refused_as_it_may_be_two_classes(tmp_path: Pat
         load(features_config(path))
 
 
+def test_features_that_float32_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    for role in ROWS:
+        arrays[f"I_{role}"] = arrays[f"I_{role}"] + 1.7e9
+    write_mat5(path, arrays)
+    with pytest.raises(VhablError, match=r"key I_tr: found 1\.7e\+09 give or take "):
+        load(features_config(path))
+    for role, rows in ROWS.items():
+        arrays[f"I_{role}"] = np.full((rows, 4), 1.7e9) + 1e6 * np.arange(rows)[:, None]
+    write_mat5(path, arrays)
+    load(features_config(path))
+
+
 def test_a_large_class_number_takes_no_square_of_memory(tmp_path: Path) -> None:
     path, arrays = tmp_path / "f.mat", feature_arrays()
     for role, rows in ROWS.items():

@@ -27,7 +27,7 @@ from vhabl.methods.nested_mlp import NestedMLP
 from vhabl.optim import WeightMean, build_optimizer, clip_gradients, set_rate
 from vhabl.settings import EncoderConfig, OptimConfig
 from vhabl.trainer import STATE_FILE, Trainer, pick_device
-from vhabl.types import Batch, DataSpec, Inputs
+from vhabl.types import Batch, DataSpec, Inputs, Split
 
 
 def weights(method: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -282,6 +282,32 @@ def test_early_stop_after_patience(
     trainer.run()
     phases = [row["phase"] for row in trainer.progress.history]
     assert phases.count("select") == select and phases.count("final") == final
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 1e25])
+@pytest.mark.parametrize("scale", ["standard", "global"])
+def test_scaling_gives_any_unit_a_spread_of_1_and_a_note_counts_constant_features(
+    factor: float, scale: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    image = np.stack([rng.normal(3, 2, 50), np.full(50, 7.1), rng.normal(0, 5, 50)], axis=1)
+    centred = image - image.mean(axis=0)
+    deviation = centred.std(axis=0)
+    expected = centred / np.where(deviation > 1e-9, deviation, 1)
+    if scale == "global":
+        expected = centred / np.sqrt((centred**2).mean())
+    split = Split(
+        np.arange(50).astype(str), (image * factor).astype(np.float32),
+        np.ones((50, 2), np.float32), np.eye(2, dtype=np.uint8)[np.arange(50) % 2],
+    )  # fmt: skip
+    scaling = encoders.FeatureScaling(DataSpec("data", 3, 2, classes=2, train_items=50))
+    scaling.fit(split, scale)
+    found = scaling(split.inputs(np.arange(50)))
+    np.testing.assert_allclose(found.image.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert not found.text.any()
+    told = capsys.readouterr().err
+    assert "note: 1 of 3 image features are constant on the training items\n" in told
+    assert "note: 2 of 2 text features are constant on the training items\n" in told
 
 
 def test_scaling_is_measured_on_the_training_items_alone(feature_file: Path) -> None:

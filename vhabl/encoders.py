@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vhabl import cnn, openclip
-from vhabl.errors import fail
+from vhabl.errors import fail, note, plural
 from vhabl.layers import ClipBlock, last_tokens
 from vhabl.ranks import ALONE, GlobalBatchNorm, Ranks
 from vhabl.settings import EncoderConfig
@@ -139,18 +139,24 @@ class FeatureScaling(Encoder):
 
     @torch.no_grad()
     def fit(self, train: Split, kind: str) -> None:
-        """Measure mean and spread on training items only."""
+        """Measure mean and spread on training items only, in float64. A note says how many features
+        are constant: they become 0.
+        """
         if kind == "none":
             return
         for view in self.views:
             x = torch.from_numpy(getattr(train, view)[:])
-            variance, mean = torch.var_mean(x, dim=0, correction=0)
+            mean = x.mean(dim=0, dtype=torch.float64)
+            centred = x - mean
+            spread = centred.square_().mean(dim=0).sqrt()
+            constant = spread <= 1e-7 * mean.abs()  # less than float32 holds beside the mean
+            if constant.any():
+                count = f"{int(constant.sum()):,} of {plural(len(constant), f'{view} feature')}"
+                note(f"{count} are constant on the training items")
             if kind == "global":
-                variance = variance.mean().expand_as(variance)
-            spread = variance.sqrt()
-            # A feature that never changes carries nothing: it becomes 0 and not infinite.
+                spread = spread.square().mean().sqrt().expand_as(spread)
             self.get_buffer(f"{view}_mean").copy_(mean)
-            self.get_buffer(f"{view}_spread").copy_(torch.where(spread > 1e-8, spread, 1.0))
+            self.get_buffer(f"{view}_spread").copy_(torch.where(constant, 1.0, spread))
 
     def forward(self, inputs: Inputs) -> Embeddings:
         image, text = self._scaled("image", inputs.image), self._scaled("text", inputs.text)

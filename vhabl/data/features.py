@@ -55,7 +55,9 @@ def load_features(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
 
 
 def as_features(where: object, values: np.ndarray) -> np.ndarray:
-    """Numbers [N, d] as float32. Raises VhablError, naming `where`, unless they are finite."""
+    """Numbers [N, d] as float32. Raises VhablError, naming `where`, unless they are finite and vary
+    by more than float32 rounds.
+    """
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
         fail(where, f"shape {values.shape} of type {values.dtype}", "numbers, items x features")
     with np.errstate(over="ignore"):  # what float32 cannot hold is reported below
@@ -69,6 +71,12 @@ def as_features(where: object, values: np.ndarray) -> np.ndarray:
             f" ({int((~finite).sum())} such values)",
             "finite numbers",
         )
+    sample = values[:1000].astype(np.float64)  # constant columns are said where they are scaled
+    spread, step = sample.std(axis=0), np.spacing(np.abs(result[:1000]).max(axis=0))
+    lost = np.flatnonzero((spread > 0) & (spread < 100 * step) & (sample != result[:1000]).any(0))
+    if len(lost):
+        found = f"{sample[0, lost[0]]:g} give or take {spread[lost[0]]:g} in column {lost[0] + 1}"
+        fail(where, f"{found}, which float32 does not hold", "features less their mean")
     return result
 
 
