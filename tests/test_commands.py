@@ -236,12 +236,31 @@ def test_two_runs_are_compared(feature_file: Path, run_folder: Path, command) ->
     assert code == 0
     assert out.count("A - B +0.0000  p = 1.0000  (1 and 1 seeds, 20 queries)") == 2  # lengths
     other = [a for a in training(feature_file) if not a.startswith("seed=")]
-    assert command(train.main, *other, "seed=1", "epochs=1")[0] == 0
+    assert command(train.main, *other, "seed=1")[0] == 0
     seeds = run_folder.parent
     code, out, _ = command(evaluation.main, "--compare", seeds, run_folder, "--bits", "12")
     assert code == 0 and "fused 12 bits" in out and "(2 and 1 seeds, 20 queries)" in out
     code, _, err = command(evaluation.main, "--compare", run_folder, "nowhere")
     assert code == 2 and "nowhere" in one_message(err)
+
+
+def test_runs_of_different_settings_are_not_averaged(feature_file: Path, command) -> None:
+    few = [a for a in training(feature_file) if not a.startswith("epochs")]
+    for more in (["seed=0", "epochs=1"], ["seed=1", "epochs=1"],
+                 ["seed=2", "epochs=2", "variant=long"]):  # fmt: skip
+        assert command(train.main, *few, *more)[0] == 0
+    for main, folder in ((report.main, "checkpoint"), (evaluation.main, "--checkpoint=checkpoint")):
+        code, out, err = command(main, folder)
+        assert code == 0 and "VH-ABL (long)" in out, err
+    assert command(train.main, *few, "seed=2", "epochs=2")[0] == 0
+    compared = ["--compare", "checkpoint/wiki/vh_abl", "checkpoint/wiki/vh_abl"]
+    for main, given in (
+        (report.main, ["checkpoint"]),
+        (evaluation.main, ["--checkpoint", "checkpoint"]),
+        (evaluation.main, compared),
+    ):
+        code, _, err = command(main, *given)
+        assert code == 2 and "vh_abl/2: found epochs=2, where checkpoint/wiki/" in one_message(err)
 
 
 def test_a_missing_run_is_named_by_its_folder(command) -> None:
@@ -574,7 +593,7 @@ def test_a_difference_of_two_runs_is_a_less_b(
     feature_file: Path, run_folder: Path, command
 ) -> None:
     """A folder of seeds counts with the mean of its seeds."""
-    assert command(train.main, *training(feature_file, "seed=1", "epochs=1"))[0] == 0
+    assert command(train.main, *training(feature_file, "seed=1"))[0] == 0
     stored = [
         json.loads(Path(f"checkpoint/wiki/vh_abl/{seed}/metrics.json").read_text())
         for seed in (0, 1)

@@ -13,6 +13,7 @@ from vhabl.config import (
     data_names,
     describe_keys,
     first_difference,
+    flat,
     from_yaml,
     key_types,
     load,
@@ -224,9 +225,9 @@ def test_baselines_check_values_too(override: str, message: str) -> None:
 @pytest.mark.parametrize("change", ["seed=1", "epochs=3", "bits=[8]", "model.weights.nested=2"])
 def test_a_key_that_changes_the_result_is_a_difference(change: str) -> None:
     config = load(RECIPE, ["data=wiki"])
-    found = first_difference(config, load(RECIPE, ["data=wiki", change]))
+    found = first_difference(flat(config), flat(load(RECIPE, ["data=wiki", change])))
     assert found is not None and found[0] == change.partition("=")[0]
-    assert first_difference(config, config) is None
+    assert first_difference(flat(config), flat(config)) is None
 
 
 @pytest.mark.parametrize(
@@ -234,4 +235,4 @@ def test_a_key_that_changes_the_result_is_a_difference(change: str) -> None:
 )
 def test_a_key_of_how_a_run_is_carried_out_is_no_difference(change: str) -> None:
     config = load(RECIPE, ["data=wiki"])
-    assert first_difference(config, load(RECIPE, ["data=wiki", change])) is None
+    assert first_difference(flat(config), flat(load(RECIPE, ["data=wiki", change]))) is None

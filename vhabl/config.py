@@ -182,9 +182,15 @@ def flat(config: Config) -> dict[str, Any]:
     return _flatten(dataclasses.asdict(config))
 
 
-def first_difference(theirs: Config, ours: Config) -> tuple[str, Any, Any] | None:
-    """The first key that changes what a run computes: (key, theirs, ours), or None."""
-    a, b = flat(theirs), flat(ours)
+def stored(path: Path) -> dict[str, Any]:
+    """All keys of a run's `config.yaml` by dotted name, unchecked."""
+    return _flatten(_read_yaml(path))
+
+
+def first_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key, of all by dotted name, that changes what a run computes, with its value in
+    both; None where there is none.
+    """
     for name in dict.fromkeys([*b, *a]):
         if name not in _CARRIED_OUT and a.get(name) != b.get(name):
             return name, a.get(name), b.get(name)

@@ -90,6 +90,8 @@ def main(arguments: list[str]) -> int:
             fail("argument --codes", "--bits or an override beside it", "code files alone")
         rows = evaluate_files(given.codes, given.measures or "all")
     else:
+        if not given.json:  # a table has the mean over seeds
+            runs.require_alike(runs.find(given.checkpoint))
         rows = evaluate_runs(
             given.checkpoint,
             given.bits,
@@ -168,7 +170,9 @@ def _query_precisions(
     """
     found: dict[tuple[int, str], list[np.ndarray]] = {}
     oracle = False
-    for _, data, codes_of_run in runs.encoded(map(runs.load, runs.find(folder)), bits, overrides):
+    folders = runs.find(folder)
+    runs.require_alike(folders)
+    for _, data, codes_of_run in runs.encoded(map(runs.load, folders), bits, overrides):
         own = own_positions(data.query.ids, data.database.ids)
         for length, tasks in codes_of_run.items():
             for task, part in tasks.items():

@@ -28,7 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vhabl.cache import frozen_outputs
-from vhabl.config import Config, build_method, from_yaml, override, to_yaml
+from vhabl.config import (
+    Config,
+    build_method,
+    first_difference,
+    from_yaml,
+    override,
+    stored,
+    to_yaml,
+)
 from vhabl.data import load as load_data
 from vhabl.encoders import digest_of
 from vhabl.errors import brief, fail
@@ -40,6 +48,7 @@ from vhabl.trainer import pick_device
 from vhabl.types import Codes, Dataset, DataSpec
 
 WEIGHTS_FILE = "weights.safetensors"
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 HISTORY_FILE = "history.json"
 _PACKAGES = ("torch", "numpy", "scipy", "h5py", "safetensors", "faiss-cpu")
@@ -65,7 +74,7 @@ def save(
     history: list[dict[str, Any]],
 ) -> None:
     """Write a finished run. Each file is whole at any moment."""
-    write_text(folder / "config.yaml", to_yaml(config))
+    write_text(folder / CONFIG_FILE, to_yaml(config))
     tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
     header = {
         "config": to_yaml(config),
@@ -200,6 +209,23 @@ def find(folder: Path) -> list[Path]:
             "a run folder, or a folder above several runs",
         )
     return found
+
+
+def require_alike(folders: Iterable[Path]) -> None:
+    """Raise VhablError where runs of one row of a table differ in more than their seed."""
+    first: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
+    for folder in folders:
+        keys = stored(folder / CONFIG_FILE)
+        row = tuple(keys.get(k) for k in ("data.name", "method", "variant", "oracle_labels"))
+        other, theirs = first.setdefault(row, (folder, keys))
+        difference = first_difference(theirs | {"seed": 0}, keys | {"seed": 0})
+        if difference:
+            key, a, b = difference
+            fail(
+                folder,
+                f"{key}={b}, where {other} has {a}",
+                "runs that differ in their seed alone; variant=NAME names another setting",
+            )
 
 
 def encoded(

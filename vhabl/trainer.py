@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from vhabl.cache import frozen_outputs
-from vhabl.config import Config, build_method, first_difference, from_yaml, to_yaml
+from vhabl.config import Config, build_method, first_difference, flat, from_yaml, to_yaml
 from vhabl.data import validation_split
 from vhabl.data.images import read
 from vhabl.encoders import digest_of
@@ -337,7 +337,7 @@ class Trainer:
                 raise ValueError(f"no {sorted(absent)[0]}")
         except Exception as error:  # damaged bytes raise many types
             fail(self.state_path, f"a damaged state ({brief(error)})", "a state saved by training")
-        difference = first_difference(from_yaml(theirs, self.state_path), self.config)
+        difference = first_difference(flat(from_yaml(theirs, self.state_path)), flat(self.config))
         if difference is not None:
             fail(
                 f"{self.state_path}: key {difference[0]}",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vhabl import errors
 from vhabl.report import page, print_table
-from vhabl.runs import METRICS_FILE, WEIGHTS_FILE, read_records
+from vhabl.runs import METRICS_FILE, WEIGHTS_FILE, read_records, require_alike
 
 
 def main(arguments: list[str]) -> int:
@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> int:
         print(f"\n{data}")
         own = {folder: rows for folder, rows in records.items() if rows and rows[0].data == data}
         trained = [folder for folder in own if (folder / WEIGHTS_FILE).is_file()]
+        require_alike(trained)
         # Reference rows are for the tasks that a trained method serves.
         served = {row.task for folder in trained for row in own[folder]}
         rows = [r for found in own.values() for r in found if r.task in served or not served]
