@@ -150,7 +150,7 @@ TEXTS: dict[str, tuple[Any, list[Any]]] = {
         ["São Tomé", "日本", "\U0001f600"],
         ["São Tomé", "日本", "\U0001f600"],
     ),
-    "rows of a char matrix": (np.array(["dog", "a cat"]), ["dog  ", "a cat"]),
+    "rows of a char matrix": (np.array(["dog", "a cat"]), ["dog", "a cat"]),
 }
 
 
@@ -676,6 +676,45 @@ def test_pairs_become_splits(tmp_path: Path) -> None:
         assert (split.image.dtype, split.text.dtype) == (np.float32, np.float32)
     distinct = {tuple(row) for row in by_id(splits, "image").values()}
     assert len(distinct) == 7, "each item has its own image's features"
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"])
+@each_version
+def test_pictures_are_found_by_their_whole_path(
+    tmp_path: Path, write: Write, separator: str
+) -> None:
+    """Pictures of one base name in two folders, one beside them, and the same one again."""
+    folder = write_pairs(tmp_path / "p", write)
+    for name in ("red", "blue"):
+        (folder / "images" / name).mkdir()
+        Image.new("RGB", (8, 8), name).save(folder / "images" / name / "0.png")
+    names = [
+        "red/0.png",
+        "blue/0.png",
+        "lost/1.png",
+        "/old/disk/2.png",
+        "3.png",
+        "red/0.png",
+        "4.png",
+    ]
+    given = [name.replace("/", separator) for name in names]
+    write(folder / "index.mat", {"index": np.array(given)})  # a char matrix: padded with blanks
+    pairs = read_pairs(folder, pairs_config())
+    found = ["red/0.png", "blue/0.png", "1.png", "2.png", "3.png", "red/0.png", "4.png"]
+    assert pairs.files == [folder / "images" / name for name in found]
+    assert pairs.ids == given
+    assert open_image(pairs.files[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_two_names_of_one_picture_are_refused(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p")
+    names = ["red/0.png", "blue/0.png", *(f"{i}.png" for i in range(2, 7))]
+    write_mat5(folder / "index.mat", {"index": names})
+    message = (
+        r"index\.mat: item 2: found 'red/0\.png' and 'blue/0\.png', both of which are .*0\.png"
+    )
+    with pytest.raises(VhablError, match=message):
+        read_pairs(folder, pairs_config())
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,21 @@ from helpers import (
     write_arrays,
     write_pair_folder,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
 from vhabl import cnn, openclip, runs, train
 from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method, override
 from vhabl.data import load as load_data
-from vhabl.data.images import ImageFiles, open_image, read, read_pixels, to_pixels
+from vhabl.data.images import (
+    ImageFiles,
+    open_image,
+    read,
+    read_pixels,
+    read_whole,
+    to_pixels,
+)
 from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling, PixelEncoder
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
@@ -455,6 +462,112 @@ def test_deep_pictures_keep_their_greys(kind: type, top: int, tmp_path: Path) ->
     Image.fromarray(values).save(tmp_path / "x.tiff")
     found = np.asarray(open_image(tmp_path / "x.tiff"))[..., 0].ravel().astype(int)
     assert np.abs(found - np.arange(256)).max() <= 1
+
+
+# Where the first row and the first column of the stored picture are shown (EXIF 2.32, tag 274).
+TURNED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a[::-1].transpose(1, 0, 2),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a[:, ::-1].transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tiff", "jpg"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_pictures_are_upright(ending: str, orientation: int, tmp_path: Path) -> None:
+    stored = np.zeros((481, 641, 3), np.uint8)
+    stored[:200, :300, 0] = stored[200:, 300:, 2] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = tmp_path / f"x.{ending}"
+    Image.fromarray(stored).save(
+        file, exif=exif, **({"lossless": True} if ending == "webp" else {})
+    )
+    shown = TURNED[orientation](stored).astype(int)
+    upright = Image.fromarray(shown.astype(np.uint8))
+    for picture in (open_image(file), open_image(Image.open(file))):
+        assert picture.size == upright.size
+        assert np.abs(np.asarray(picture) - shown).mean() < 2  # a JPEG is not exact
+    for squeeze in (False, True):  # a JPEG is decoded at a part of its size
+        expected = to_pixels(upright, 40, squeeze).astype(int)
+        assert np.abs(read_pixels(file, 40, squeeze) - expected).mean() < 2
+    whole = read_whole(file, 40, squeeze=False)
+    assert whole.shape == ((3, 40, 53) if orientation < 5 else (3, 53, 40))
+
+
+def test_a_turned_jpeg_ends_where_its_picture_does(tmp_path: Path) -> None:
+    """At an eighth of its size 7 parts of 8 of the first column and row are padding."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((641, 481), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    for orientation in TURNED:
+        exif[ExifTags.Base.Orientation] = orientation
+        large.save(tmp_path / "x.jpg", exif=exif)
+        for squeeze in (False, True):
+            whole = to_pixels(open_image(tmp_path / "x.jpg"), 20, squeeze).astype(int)
+            changes = np.abs(whole - read_pixels(tmp_path / "x.jpg", 20, squeeze))
+            assert changes.max() <= 5 and changes.mean() < 0.5, (orientation, squeeze)
+
+
+def test_damaged_exif_data_do_not_hide_a_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.jpg", exif=b"Exif\0\0" + b"nonsense" * 4)
+    assert open_image(tmp_path / "x.jpg").getpixel((0, 0)) == (254, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "webp", "key", "grey key", "16 bits"])
+def test_transparent_pictures_are_seen_on_white(kind: str, tmp_path: Path) -> None:
+    """The left half is grey; what is stored under the transparent right half does not matter."""
+    found = []
+    for hidden in (0, 90, 255):
+        pixels = np.full((8, 8, 4), 120, np.uint8)
+        pixels[:, :4, 3], pixels[:, 4:, 3], pixels[:, 4:, :3] = 255, 0, hidden
+        picture, file, more = Image.fromarray(pixels), tmp_path / "x.png", {}
+        if kind == "LA":
+            picture = picture.convert("LA")
+        elif kind == "P":
+            picture = Image.fromarray((pixels[..., 3] == 0).astype(np.uint8), "P")
+            picture.putpalette([120] * 3 + [hidden] * 3)
+            more = {"transparency": 1}
+        elif kind == "webp":
+            file, more = tmp_path / "x.webp", {"lossless": True, "exact": True}
+        elif kind == "key":
+            picture, more = picture.convert("RGB"), {"transparency": (hidden,) * 3}
+        elif kind == "grey key":
+            picture, more = picture.convert("RGB").convert("L"), {"transparency": hidden}
+        elif kind == "16 bits":
+            picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+            more = {"transparency": hidden * 257}
+        picture.save(file, **more)
+        found.append(np.asarray(open_image(file)))
+        assert (found[-1][:, :4] == 120).all() and (found[-1][:, 4:] == 255).all()
+        assert (np.asarray(open_image(Image.open(file))) == found[-1]).all()
+
+
+def test_half_transparent_pixels_are_mixed_with_white() -> None:
+    picture = Image.new("RGBA", (2, 2), (0, 100, 200, 51))  # a fifth of it, four fifths of 255
+    assert open_image(picture).getpixel((0, 0)) == (204, 224, 244)
+
+
+@pytest.mark.parametrize("tag", [281, 341])
+def test_greys_are_scaled_by_what_a_file_declares(tag: int, tmp_path: Path) -> None:
+    values = (np.arange(256).reshape(16, 16) * 4095 // 255).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.tiff", tiffinfo={tag: 4095})
+    found = np.asarray(open_image(tmp_path / "x.tiff"))[..., 0].ravel().astype(int)
+    assert np.abs(found - np.arange(256)).max() <= 1
+
+
+def test_undeclared_greys_of_few_bits_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.png", "y.tiff"):
+        Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / name)
+        assert open_image(tmp_path / name).getpixel((0, 0)) == (15, 15, 15)
+    assert capsys.readouterr().err.count("dark") == 1
 
 
 def test_other_formats_and_odd_bytes_are_refused(tmp_path: Path) -> None:

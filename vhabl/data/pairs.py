@@ -12,15 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
-from vhabl.data.images import ImageFiles, open_image
+from vhabl.data.images import ImageFiles, Picture, open_image
 from vhabl.errors import VhablError, fail, plural
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig, EncoderConfig
@@ -73,9 +72,26 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
     if class_names and len(class_names) != labels.shape[1]:
         where = "key data.class_names" if config.class_names else listed
         fail(where, f"{len(class_names)} names", f"{labels.shape[1]}, as label.mat has columns")
-    # Images are found by their base name under the configured folder.
-    files = [path / config.image_root / Path(name).name for name in names]
+    files = _find_images(path / config.image_root, names, path / "index.mat")
     return Pairs(names, captions, further, files, labels.astype(np.uint8), class_names)
+
+
+def _find_images(folder: Path, names: Sequence[str], where: Path) -> list[Path]:
+    """The image file of each name: the given path under the folder where there is a file, else its
+    base name there. Raises VhablError where two names end at one file.
+    """
+    files: list[Path] = []
+    owners: dict[Path, PurePosixPath] = {}
+    for number, name in enumerate(names, 1):
+        given = PurePosixPath(name.replace("\\", "/"))
+        file = folder / given
+        if not file.is_file():
+            file = folder / given.name
+        if (owner := owners.setdefault(file, given)) != given:
+            found = f"{str(owner)[-80:]!r} and {str(given)[-80:]!r}, both of which are {file}"
+            fail(f"{where}: item {number}", found, "the folders of the images too, as in the names")
+        files.append(file)
+    return files
 
 
 def draw(items: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -131,7 +147,7 @@ def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Roles
     return Roles((train, database, query), tuple(vocabulary), notes)
 
 
-def describe_images(files: Sequence[Path | Image.Image]) -> np.ndarray:
+def describe_images(files: Sequence[Picture]) -> np.ndarray:
     """Descriptors of images: float32 [N, 1120]. Raises VhablError where one cannot be read."""
     with ThreadPoolExecutor() as pool:
         described = pool.map(lambda file: describe_image(open_image(file)), files)
@@ -139,7 +155,7 @@ def describe_images(files: Sequence[Path | Image.Image]) -> np.ndarray:
 
 
 def pictures(
-    files: Sequence[Path | Image.Image],
+    files: Sequence[Picture],
     config: DataConfig,
     encoder: EncoderConfig,
     kind: type[ImageFiles] = ImageFiles,
