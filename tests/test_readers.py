@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -29,7 +30,7 @@ from PIL import Image
 from vhabl.data import __main__ as data_command
 from vhabl.data import collection, load, validation_split, without
 from vhabl.data.features import load_features
-from vhabl.data.images import open_image, read, read_pixels, read_whole, to_pixels
+from vhabl.data.images import ImageFiles, open_image, read, read_pixels, read_whole, to_pixels
 from vhabl.data.pairs import describe_images, draw, read_pairs, to_splits, words
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
@@ -704,6 +705,37 @@ def test_pictures_are_found_by_their_whole_path(
     assert pairs.files == [folder / "images" / name for name in found]
     assert pairs.ids == given
     assert open_image(pairs.files[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_pictures_may_lie_in_a_table(tmp_path: Path, ending: str) -> None:
+    """As Hugging Face's data sets write them."""
+    rows: list[dict[str, Any]] = []
+    for color in ("red", "blue"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "caption": color,
+                     "labels": [color]})  # fmt: skip
+    rows[1]["image"]["path"] = "b.png"
+    file = tmp_path / f"x.{ending}"
+    if ending == "parquet":
+        pq = pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), file)
+    else:
+        for row in rows:
+            row["image"]["bytes"] = base64.b64encode(row["image"]["bytes"]).decode()
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = read_table(file, DataConfig("own", "table", str(file)))
+    assert pairs.ids == ["1", "b.png"]
+    colors = [open_image(picture).getpixel((0, 0)) for picture in pairs.files]
+    assert colors == [(255, 0, 0), (0, 0, 255)]
+    before = ImageFiles(pairs.files, 8, False, 0).state()
+    assert ImageFiles(pairs.files[::-1], 8, False, 0).state() != before
+    file = tmp_path / "y.jsonl"
+    file.write_text(json.dumps(rows[0] | {"image": {"bytes": "?" * 999}}, default=str))
+    with pytest.raises(VhablError, match="row 1: column image") as caught:
+        read_table(file, DataConfig("own", "table", str(file)))
+    assert "?" * 200 not in str(caught.value)
 
 
 def test_two_names_of_one_picture_are_refused(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from vhabl import codes as code_files
 from vhabl import errors, openclip, ranks, runs, shards
 from vhabl.config import load_data_config, to_yaml
 from vhabl.data import collection
+from vhabl.data.images import Embedded, Picture, Stored
 from vhabl.data.pairs import bag_of_words, describe_images, pictures
 from vhabl.data.table import read_items
 from vhabl.errors import fail, note, plural
@@ -46,10 +47,10 @@ from vhabl.types import Rows, Split
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
-Images = Sequence[str | Path | Image.Image] | np.ndarray | Rows
+Images = Sequence[str | Picture] | np.ndarray | Rows
 Texts = Sequence[str] | np.ndarray
 # Ids, and images and texts in their order; None for what the items do not have.
-Items = tuple[list[str], Sequence[Path] | np.ndarray | Rows | None, Texts | None]
+Items = tuple[list[str], Sequence[Stored] | np.ndarray | Rows | None, Texts | None]
 
 
 def load(folder: str | Path, device: str = "auto") -> Model:
@@ -198,7 +199,7 @@ def _features(what: str, given: Any, width: int) -> np.ndarray:
 
 
 def _refuse_features(what: str, given: Any) -> None:
-    known = (str, Path, Image.Image) if what == "images" else (str,)
+    known = (str, Path, Embedded, Image.Image) if what == "images" else (str,)
     if isinstance(given, str | bytes | np.ndarray) or not isinstance(given, Sequence):
         fail(what, f"a {type(given).__name__}", "a sequence of files or strings")
     for number, item in enumerate(given):

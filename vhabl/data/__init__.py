@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from vhabl.data.features import load_features
-from vhabl.data.images import ImageFiles, rows_in_order
+from vhabl.data.images import ImageFiles, Stored, rows_in_order
 from vhabl.data.npy import load_arrays
 from vhabl.data.pairs import Pairs, Roles, read_pairs, to_splits
 from vhabl.data.table import read_table
@@ -101,7 +100,7 @@ class Collection:
     """
 
     ids: list[str]
-    images: Sequence[Path] | np.ndarray | Rows
+    images: Sequence[Stored] | np.ndarray | Rows
     texts: Sequence[str] | np.ndarray
     labels: np.ndarray
     class_names: list[str]

@@ -49,7 +49,8 @@ class Embedded:
         return self.name
 
 
-Picture = Path | Embedded | Image.Image
+Stored = Path | Embedded
+Picture = Stored | Image.Image
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 

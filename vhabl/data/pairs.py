@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
-from vhabl.data.images import ImageFiles, Picture, open_image
+from vhabl.data.images import ImageFiles, Picture, Stored, open_image
 from vhabl.errors import VhablError, fail, plural
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig, EncoderConfig
@@ -39,7 +39,7 @@ class Pairs:
     ids: list[str]
     captions: list[str]  # the first one of each item
     further: list[list[str]]  # the others
-    files: list[Path]
+    files: Sequence[Stored]
     labels: np.ndarray  # [N, C] uint8 in {0, 1}
     class_names: list[str]  # in label order; empty where the files do not name them
 
@@ -202,7 +202,7 @@ def describe_pairs(pairs: Pairs) -> list[str]:
 def bad_images(pairs: Pairs) -> list[str]:
     """A message for every image that is missing or cannot be read."""
 
-    def problem(file: Path) -> str | None:
+    def problem(file: Stored) -> str | None:
         try:
             open_image(file)
         except VhablError as error:

@@ -4,6 +4,7 @@ columns of images, captions and labels.
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vhabl.data.images import Embedded, Stored
 from vhabl.data.pairs import Pairs
 from vhabl.errors import VhablError, brief, fail, note, plural
 from vhabl.settings import DataConfig
@@ -42,26 +44,27 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     names = config.class_names or sorted({name for number in kept for name in labels[number]})
     place = {name: i for i, name in enumerate(names)}
     matrix = np.zeros((len(kept), len(names)), np.uint8)
-    ids, captions, further, files, seen = [], [], [], [], set()
+    ids, captions, further, files, seen = [], [], [], list[Stored](), set()
     for item, number in enumerate(kept):
         where = f"{path}: row {number + 1}"
         for name in labels[number]:
             if name not in place:
                 fail(where, f"label {name!r}", "one of data.class_names")
             matrix[item, place[name]] = 1
-        image = _image_name(path, number, rows[number], config)
+        file = _image(path, number, rows[number], config)
+        image = _image_id(file, rows[number], config)
         first, *others = _captions(rows[number], config)
         ids.append(f"{image}#{number + 1}" if image in seen else image)
         seen.add(image)
         captions.append(first)
         further.append(others)
-        files.append(path.parent / config.image_root / image)
+        files.append(file)
     return Pairs(ids, captions, further, files, matrix, list(names))
 
 
 def read_items(
     path: Path, config: DataConfig
-) -> tuple[list[str], list[Path] | None, list[str] | None]:
+) -> tuple[list[str], list[Stored] | None, list[str] | None]:
     """Ids, image files and captions of all rows, with or without labels; None for a column that
     the table does not have. Raises VhablError naming the file and the row.
     """
@@ -78,20 +81,39 @@ def read_items(
         fail(f"{path}: columns", known, f"{config.image_column}, {config.caption_column} or both")
     files = captions = None
     if has[config.image_column]:
-        names = [_image_name(path, n, row, config) for n, row in enumerate(rows)]
-        files = [path.parent / config.image_root / name for name in names]
+        files = [_image(path, n, row, config) for n, row in enumerate(rows)]
+        names = [_image_id(file, row, config) for file, row in zip(files, rows, strict=True)]
     if has[config.caption_column]:
         captions = [_captions(row, config)[0] for row in rows]
     ids = names if files is not None else [str(number + 1) for number in range(len(rows))]
     return ids, files, captions
 
 
-def _image_name(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> str:
-    name = row.get(config.image_column)
+def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> Stored:
+    """The picture of a row: a file, or one that the row holds as its bytes (in JSON as base64)."""
+    cell = row.get(config.image_column)
+    content, name = cell, None
+    if isinstance(cell, dict):
+        content, name = cell.get("bytes"), cell.get("path")
+        if isinstance(content, str):
+            try:
+                content = base64.b64decode(content, validate=True)
+            except ValueError:
+                content = name = None
+    if isinstance(content, bytes) and content:
+        return Embedded(name if isinstance(name, str) and name else str(number + 1), content)
+    name = cell if isinstance(cell, str) else name
     if not isinstance(name, str) or not name:
         where = f"{path}: row {number + 1}: column {config.image_column}"
-        fail(where, repr(name), "a file name")
-    return name
+        expected = 'a file name, or a picture as {"bytes": ..., "path": ...} with bytes in base64'
+        fail(where, repr(cell)[:100], expected)
+    return path.parent / config.image_root / name.replace("\\", "/")
+
+
+def _image_id(image: Stored, row: dict[str, Any], config: DataConfig) -> str:
+    """The name of a picture as the table gives it."""
+    cell = row.get(config.image_column)
+    return cell if isinstance(cell, str) else image.name
 
 
 def _captions(row: dict[str, Any], config: DataConfig) -> list[str]:
