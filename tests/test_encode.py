@@ -319,3 +319,20 @@ def test_only_a_method_that_has_an_oracle_takes_one(folder: Path) -> None:
         VhablError, match="oracle_labels: found True; expected false: cmcl has no such mode"
     ):
         pair_config(folder, "cmcl", "oracle_labels=true")
+
+
+def test_a_folder_gives_every_picture_and_says_what_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    names = ["a.jfif", "b.avif", "c", "d.JPG", "sub/a.png", "sub/deep/e.webp"]
+    kinds = ["JPEG", "AVIF", "PNG", "JPEG", "PNG", "WEBP"]
+    for name, kind in zip(names, kinds, strict=True):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name, kind)
+    for name in ("._d.JPG", ".DS_Store", "notes.txt"):
+        (tmp_path / name).write_bytes(b"Mac OS X")
+    found = encode.image_files(tmp_path)
+    assert [file.relative_to(tmp_path).as_posix() for file in found] == names
+    left_out = capsys.readouterr().err
+    for part in ("2 files", ".DS_Store", "1 file", "notes.txt"):
+        assert part in left_out

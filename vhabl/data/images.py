@@ -62,6 +62,15 @@ def open_image(path: Picture | BinaryIO, name: str = "") -> Image.Image:
     return _decoded(path, name)[0]
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file begins as a picture of a format that is read, whatever its name."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except Exception:  # damaged bytes raise many types
+        return False
+
+
 def read_pixels(path: Picture | BinaryIO, side: int, squeeze: bool) -> np.ndarray:
     """`to_pixels` of an image, [3, side, side] uint8. A JPEG much larger than needed is decoded at
     a half, a quarter or an eighth of its size, at least three times as large as `side`: on the
