@@ -24,7 +24,7 @@ setup(
         "h5py>=3.10,<4",
         "pyyaml>=6,<7",
         "safetensors>=0.4,<1",
-        "pillow>=10",
+        "pillow>=11.3",
         "tqdm>=4.60",
         "tensorboard>=2.14,<3",
         "matplotlib>=3.8,<4",

@@ -183,7 +183,7 @@ def test_what_cannot_be_encoded_is_said(model: encode.Model, folder: Path) -> No
         ({"texts": ["a", None]}, "texts: found a NoneType as number 2; expected str"),
         ({"texts": [b"a"]}, "texts: found a bytes as number 1; expected str"),
         ({"texts": 3}, "texts: found a int; expected a sequence"),
-        ({"images": [3]}, "images: found a int as number 1; expected str or Path or Image"),
+        ({"images": [3]}, "images: found a int as number 1; expected str or Path or "),
         ({"texts": ["a"], "bits": "8"}, "key bits: found '8'; expected a whole number"),
         ({"images": [folder / "nowhere.png"]}, r"nowhere.png: found no such file"),
     ):
@@ -319,3 +319,20 @@ def test_only_a_method_that_has_an_oracle_takes_one(folder: Path) -> None:
         VhablError, match="oracle_labels: found True; expected false: cmcl has no such mode"
     ):
         pair_config(folder, "cmcl", "oracle_labels=true")
+
+
+def test_a_folder_gives_every_picture_and_says_what_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    names = ["a.jfif", "b.avif", "c", "d.JPG", "sub/a.png", "sub/deep/e.webp"]
+    kinds = ["JPEG", "AVIF", "PNG", "JPEG", "PNG", "WEBP"]
+    for name, kind in zip(names, kinds, strict=True):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name, kind)
+    for name in ("._d.JPG", ".DS_Store", "notes.txt"):
+        (tmp_path / name).write_bytes(b"Mac OS X")
+    found = encode.image_files(tmp_path)
+    assert [file.relative_to(tmp_path).as_posix() for file in found] == names
+    left_out = capsys.readouterr().err
+    for part in ("2 files", ".DS_Store", "1 file", "notes.txt"):
+        assert part in left_out

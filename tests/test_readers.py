@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -29,7 +30,7 @@ from PIL import Image
 from vhabl.data import __main__ as data_command
 from vhabl.data import collection, load, validation_split, without
 from vhabl.data.features import load_features
-from vhabl.data.images import open_image, read, read_pixels, read_whole, to_pixels
+from vhabl.data.images import ImageFiles, open_image, read, read_pixels, read_whole, to_pixels
 from vhabl.data.pairs import Pairs, describe_images, draw, read_pairs, to_splits, words
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
@@ -150,7 +151,7 @@ TEXTS: dict[str, tuple[Any, list[Any]]] = {
         ["São Tomé", "日本", "\U0001f600"],
         ["São Tomé", "日本", "\U0001f600"],
     ),
-    "rows of a char matrix": (np.array(["dog", "a cat"]), ["dog  ", "a cat"]),
+    "rows of a char matrix": (np.array(["dog", "a cat"]), ["dog", "a cat"]),
 }
 
 
@@ -666,7 +667,7 @@ def test_images_are_found_with_the_folders_of_their_names(
     for name in ("red", "blue"):
         for file in (folder / "images" / name).iterdir():
             file.rename(folder / "images" / file.name)
-    with pytest.raises(VhablError, match=r"red/0.png and .*blue.0.png, which both lead to .*0.png"):
+    with pytest.raises(VhablError, match=r"red/0\.png. and .*blue.*0\.png., both of which are"):
         read_pairs(folder, pairs_config())
 
 
@@ -705,6 +706,76 @@ def test_pairs_become_splits(tmp_path: Path) -> None:
         assert (split.image.dtype, split.text.dtype) == (np.float32, np.float32)
     distinct = {tuple(row) for row in by_id(splits, "image").values()}
     assert len(distinct) == 7, "each item has its own image's features"
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"])
+@each_version
+def test_pictures_are_found_by_their_whole_path(
+    tmp_path: Path, write: Write, separator: str
+) -> None:
+    """Pictures of one base name in two folders, one beside them, and the same one again."""
+    folder = write_pairs(tmp_path / "p", write)
+    for name in ("red", "blue"):
+        (folder / "images" / name).mkdir()
+        Image.new("RGB", (8, 8), name).save(folder / "images" / name / "0.png")
+    names = [
+        "red/0.png",
+        "blue/0.png",
+        "lost/1.png",
+        "/old/disk/2.png",
+        "3.png",
+        "red/0.png",
+        "4.png",
+    ]
+    given = [name.replace("/", separator) for name in names]
+    write(folder / "index.mat", {"index": np.array(given)})  # a char matrix: padded with blanks
+    pairs = read_pairs(folder, pairs_config())
+    found = ["red/0.png", "blue/0.png", "1.png", "2.png", "3.png", "red/0.png", "4.png"]
+    assert pairs.files == [folder / "images" / name for name in found]
+    assert pairs.ids == given
+    assert open_image(pairs.files[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_pictures_may_lie_in_a_table(tmp_path: Path, ending: str) -> None:
+    """As Hugging Face's data sets write them."""
+    rows: list[dict[str, Any]] = []
+    for color in ("red", "blue"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "caption": color,
+                     "labels": [color]})  # fmt: skip
+    rows[1]["image"]["path"] = "b.png"
+    file = tmp_path / f"x.{ending}"
+    if ending == "parquet":
+        pq = pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), file)
+    else:
+        for row in rows:
+            row["image"]["bytes"] = base64.b64encode(row["image"]["bytes"]).decode()
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = read_table(file, DataConfig("own", "table", str(file)))
+    assert pairs.ids == ["1", "b.png"]
+    colors = [open_image(picture).getpixel((0, 0)) for picture in pairs.files]
+    assert colors == [(255, 0, 0), (0, 0, 255)]
+    before = ImageFiles(pairs.files, 8, False, 0).state()
+    assert ImageFiles(pairs.files[::-1], 8, False, 0).state() != before
+    file = tmp_path / "y.jsonl"
+    file.write_text(json.dumps(rows[0] | {"image": {"bytes": "?" * 999}}, default=str))
+    with pytest.raises(VhablError, match="row 1: column image") as caught:
+        read_table(file, DataConfig("own", "table", str(file)))
+    assert "?" * 200 not in str(caught.value)
+
+
+def test_two_names_of_one_picture_are_refused(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p")
+    names = ["red/0.png", "blue/0.png", *(f"{i}.png" for i in range(2, 7))]
+    write_mat5(folder / "index.mat", {"index": names})
+    message = (
+        r"index\.mat: item 2: found 'red/0\.png' and 'blue/0\.png', both of which are .*0\.png"
+    )
+    with pytest.raises(VhablError, match=message):
+        read_pairs(folder, pairs_config())
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,21 @@ from helpers import (
     write_arrays,
     write_pair_folder,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
 from vhabl import cnn, openclip, runs, train
 from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method, override
 from vhabl.data import load as load_data
-from vhabl.data.images import ImageFiles, open_image, read, read_pixels, read_whole, to_pixels
+from vhabl.data.images import (
+    ImageFiles,
+    open_image,
+    read,
+    read_pixels,
+    read_whole,
+    to_pixels,
+)
 from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling, PixelEncoder
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
@@ -439,83 +446,6 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(
         read_pixels(tmp_path / "x.jpg", 32, squeeze=False)
 
 
-STORED = {  # how a camera stores an upright picture, by the orientation that EXIF then says
-    1: lambda u: u,
-    2: lambda u: u[:, ::-1],
-    3: lambda u: u[::-1, ::-1],
-    4: lambda u: u[::-1],
-    5: lambda u: u.swapaxes(0, 1),
-    6: lambda u: np.rot90(u),
-    7: lambda u: u[::-1, ::-1].swapaxes(0, 1),
-    8: lambda u: np.rot90(u, -1),
-}
-
-
-def stored(upright: np.ndarray, orientation: int, file: Path, **options: Any) -> Path:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = np.ascontiguousarray(STORED[orientation](upright))
-    Image.fromarray(content).save(file, exif=exif, **options)
-    return file
-
-
-@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
-@pytest.mark.parametrize("orientation", STORED)
-def test_pictures_stand_upright(orientation: int, kind: str, tmp_path: Path) -> None:
-    upright = np.random.default_rng(0).integers(0, 256, (21, 34, 3), np.uint8)
-    lossless = {"lossless": True} if kind == "webp" else {}
-    file = stored(upright, orientation, tmp_path / f"x.{kind}", **lossless)
-    with Image.open(file) as kept:
-        for found in (open_image(file), open_image(kept)):
-            assert np.array_equal(np.asarray(found), upright)
-    for squeeze in (True, False):
-        expected = to_pixels(Image.fromarray(upright), 16, squeeze)
-        assert np.array_equal(read_pixels(file, 16, squeeze), expected)
-
-
-@pytest.mark.parametrize("orientation", STORED)
-def test_a_part_of_a_turned_jpeg_is_in_its_place(orientation: int, tmp_path: Path) -> None:
-    """At an eighth, 641 x 481 pixels fill 80.1 x 60.1 of 81 x 61; here the rest is to be left."""
-    upright = np.random.default_rng(0).integers(0, 256, (13, 17, 3), np.uint8)
-    upright = np.asarray(Image.fromarray(upright).resize((641, 481), Image.Resampling.BICUBIC))
-    file = stored(upright, orientation, tmp_path / "x.jpg", quality=95)
-    for squeeze in (True, False):
-        whole = to_pixels(Image.fromarray(upright), 20, squeeze).astype(int)
-        assert np.abs(read_pixels(file, 20, squeeze) - whole).mean() < 1.5
-    kept = read_whole(file, 20, False)
-    assert kept.shape == (3, 20, 27)
-
-
-def test_damaged_exif_leaves_a_picture_as_it_is(tmp_path: Path) -> None:
-    Image.new("RGB", (9, 8), "red").save(tmp_path / "x.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert open_image(tmp_path / "x.png").size == (9, 8)
-
-
-@pytest.mark.parametrize("kind", ["RGBA.png", "RGBA.webp", "LA.png", "P.png", "PA.tiff"])
-def test_transparent_parts_are_white_whatever_they_hide(kind: str, tmp_path: Path) -> None:
-    mode, _, ending = kind.partition(".")
-    found = []
-    for hidden in (0, 90, 255):
-        pixels = np.full((8, 8, 4), hidden, np.uint8)
-        pixels[..., 3] = 0
-        pixels[:4] = (60, 60, 60, 255)
-        picture = Image.fromarray(pixels)
-        picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
-        file = tmp_path / f"x.{ending}"
-        options = {"lossless": True, "exact": True} if ending == "webp" else {}
-        picture.save(file, **options)
-        found.append(np.asarray(open_image(file)))
-    expected = np.full((8, 8, 3), 255)
-    expected[:4] = 60
-    assert all(np.array_equal(picture, expected) for picture in found)
-
-
-def test_half_transparent_parts_are_mixed_with_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (8, 8), (255, 0, 100, 51)).save(tmp_path / "x.png")  # a fifth
-    for found in (open_image(tmp_path / "x.png"), open_image(Image.open(tmp_path / "x.png"))):
-        assert found.getpixel((3, 3)) == (255, 204, 224)  # 0.2 x 100 + 0.8 x 255
-
-
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_pictures_of_every_kind_are_read(mode: str, tmp_path: Path) -> None:
     values = np.full((8, 8), 200, np.uint16 if mode == "I;16" else np.uint8)
@@ -532,6 +462,112 @@ def test_deep_pictures_keep_their_greys(kind: type, top: int, tmp_path: Path) ->
     Image.fromarray(values).save(tmp_path / "x.tiff")
     found = np.asarray(open_image(tmp_path / "x.tiff"))[..., 0].ravel().astype(int)
     assert np.abs(found - np.arange(256)).max() <= 1
+
+
+# Where the first row and the first column of the stored picture are shown (EXIF 2.32, tag 274).
+TURNED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a[::-1].transpose(1, 0, 2),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a[:, ::-1].transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tiff", "jpg"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_pictures_are_upright(ending: str, orientation: int, tmp_path: Path) -> None:
+    stored = np.zeros((481, 641, 3), np.uint8)
+    stored[:200, :300, 0] = stored[200:, 300:, 2] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = tmp_path / f"x.{ending}"
+    Image.fromarray(stored).save(
+        file, exif=exif, **({"lossless": True} if ending == "webp" else {})
+    )
+    shown = TURNED[orientation](stored).astype(int)
+    upright = Image.fromarray(shown.astype(np.uint8))
+    for picture in (open_image(file), open_image(Image.open(file))):
+        assert picture.size == upright.size
+        assert np.abs(np.asarray(picture) - shown).mean() < 2  # a JPEG is not exact
+    for squeeze in (False, True):  # a JPEG is decoded at a part of its size
+        expected = to_pixels(upright, 40, squeeze).astype(int)
+        assert np.abs(read_pixels(file, 40, squeeze) - expected).mean() < 2
+    whole = read_whole(file, 40, squeeze=False)
+    assert whole.shape == ((3, 40, 53) if orientation < 5 else (3, 53, 40))
+
+
+def test_a_turned_jpeg_ends_where_its_picture_does(tmp_path: Path) -> None:
+    """At an eighth of its size 7 parts of 8 of the first column and row are padding."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((641, 481), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    for orientation in TURNED:
+        exif[ExifTags.Base.Orientation] = orientation
+        large.save(tmp_path / "x.jpg", exif=exif)
+        for squeeze in (False, True):
+            whole = to_pixels(open_image(tmp_path / "x.jpg"), 20, squeeze).astype(int)
+            changes = np.abs(whole - read_pixels(tmp_path / "x.jpg", 20, squeeze))
+            assert changes.max() <= 5 and changes.mean() < 0.5, (orientation, squeeze)
+
+
+def test_damaged_exif_data_do_not_hide_a_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.jpg", exif=b"Exif\0\0" + b"nonsense" * 4)
+    assert open_image(tmp_path / "x.jpg").getpixel((0, 0)) == (254, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "webp", "key", "grey key", "16 bits"])
+def test_transparent_pictures_are_seen_on_white(kind: str, tmp_path: Path) -> None:
+    """The left half is grey; what is stored under the transparent right half does not matter."""
+    found = []
+    for hidden in (0, 90, 255):
+        pixels = np.full((8, 8, 4), 120, np.uint8)
+        pixels[:, :4, 3], pixels[:, 4:, 3], pixels[:, 4:, :3] = 255, 0, hidden
+        picture, file, more = Image.fromarray(pixels), tmp_path / "x.png", {}
+        if kind == "LA":
+            picture = picture.convert("LA")
+        elif kind == "P":
+            picture = Image.fromarray((pixels[..., 3] == 0).astype(np.uint8), "P")
+            picture.putpalette([120] * 3 + [hidden] * 3)
+            more = {"transparency": 1}
+        elif kind == "webp":
+            file, more = tmp_path / "x.webp", {"lossless": True, "exact": True}
+        elif kind == "key":
+            picture, more = picture.convert("RGB"), {"transparency": (hidden,) * 3}
+        elif kind == "grey key":
+            picture, more = picture.convert("RGB").convert("L"), {"transparency": hidden}
+        elif kind == "16 bits":
+            picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+            more = {"transparency": hidden * 257}
+        picture.save(file, **more)
+        found.append(np.asarray(open_image(file)))
+        assert (found[-1][:, :4] == 120).all() and (found[-1][:, 4:] == 255).all()
+        assert (np.asarray(open_image(Image.open(file))) == found[-1]).all()
+
+
+def test_half_transparent_pixels_are_mixed_with_white() -> None:
+    picture = Image.new("RGBA", (2, 2), (0, 100, 200, 51))  # a fifth of it, four fifths of 255
+    assert open_image(picture).getpixel((0, 0)) == (204, 224, 244)
+
+
+@pytest.mark.parametrize("tag", [281, 341])
+def test_greys_are_scaled_by_what_a_file_declares(tag: int, tmp_path: Path) -> None:
+    values = (np.arange(256).reshape(16, 16) * 4095 // 255).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.tiff", tiffinfo={tag: 4095})
+    found = np.asarray(open_image(tmp_path / "x.tiff"))[..., 0].ravel().astype(int)
+    assert np.abs(found - np.arange(256)).max() <= 1
+
+
+def test_undeclared_greys_of_few_bits_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.png", "y.tiff"):
+        Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / name)
+        assert open_image(tmp_path / name).getpixel((0, 0)) == (15, 15, 15)
+    assert capsys.readouterr().err.count("dark") == 1
 
 
 def test_other_formats_and_odd_bytes_are_refused(tmp_path: Path) -> None:

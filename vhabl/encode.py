@@ -33,6 +33,7 @@ from vhabl import codes as code_files
 from vhabl import errors, openclip, ranks, runs, shards
 from vhabl.config import load_data_config, to_yaml
 from vhabl.data import collection
+from vhabl.data.images import Picture, is_picture
 from vhabl.data.pairs import bag_of_words, describe_images, pictures
 from vhabl.data.table import read_items
 from vhabl.errors import fail, note, plural
@@ -42,14 +43,14 @@ from vhabl.ranks import Ranks
 from vhabl.settings import DataConfig
 from vhabl.shards import Part, Shard
 from vhabl.trainer import pick_device
-from vhabl.types import Rows, Split
+from vhabl.types import Embedded, Rows, Split, Stored
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif"}
 
-Images = Sequence[str | Path | Image.Image] | np.ndarray | Rows
+Images = Sequence[str | Picture] | np.ndarray | Rows
 Texts = Sequence[str] | np.ndarray
 # Ids, and images and texts in their order; None for what the items do not have.
-Items = tuple[list[str], Sequence[Path] | np.ndarray | Rows | None, Texts | None]
+Items = tuple[list[str], Sequence[Stored] | np.ndarray | Rows | None, Texts | None]
 
 
 def load(folder: str | Path, device: str = "auto") -> Model:
@@ -198,7 +199,7 @@ def _features(what: str, given: Any, width: int) -> np.ndarray:
 
 
 def _refuse_features(what: str, given: Any) -> None:
-    known = (str, Path, Image.Image) if what == "images" else (str,)
+    known = (str, Path, Embedded, Image.Image) if what == "images" else (str,)
     if isinstance(given, str | bytes | np.ndarray) or not isinstance(given, Sequence):
         fail(what, f"a {type(given).__name__}", "a sequence of files or strings")
     for number, item in enumerate(given):
@@ -208,10 +209,23 @@ def _refuse_features(what: str, given: Any) -> None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Pictures in a folder, by name. Raises VhablError where there is none."""
+    """Pictures in a folder and its subfolders, by path; a note says what was left out. Raises
+    VhablError where there is none.
+    """
     if not folder.is_dir():
         fail(folder, "no such folder", "a folder of pictures")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    found, hidden, others = list[Path](), list[Path](), list[Path]()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+            hidden.append(file)  # such as ._x.jpg, in which macOS keeps notes on x.jpg
+        elif file.suffix.lower() in SUFFIXES or is_picture(file):
+            found.append(file)
+        else:
+            others.append(file)
+    for files, why in ((hidden, "hidden"), (others, "no picture")):
+        if files:
+            example = files[0].relative_to(folder)
+            note(f"{folder}: left out {plural(len(files), 'file')} ({why}), such as {example}")
     if not found:
         fail(folder, "no picture", f"files that end with {', '.join(sorted(SUFFIXES))}")
     return found
@@ -283,7 +297,9 @@ def _prepare(arguments: list[str], here: Ranks) -> tuple[argparse.Namespace, Mod
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="the folder of a run")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--images", type=Path, metavar="DIR", help="every picture of a folder")
+    what.add_argument(
+        "--images", type=Path, metavar="DIR", help="every picture of a folder and its subfolders"
+    )
     what.add_argument(
         "--table", type=Path, metavar="FILE",
         help="a .csv, .tsv, .jsonl or .parquet table with columns image, caption or both",
@@ -315,7 +331,7 @@ def _prepare(arguments: list[str], here: Ranks) -> tuple[argparse.Namespace, Mod
 def _items(given: argparse.Namespace, model: Model) -> Items:
     if given.images is not None:
         files = image_files(given.images)
-        return [file.name for file in files], files, None
+        return [file.relative_to(given.images).as_posix() for file in files], files, None
     if given.table is not None:
         config = DataConfig("table", "table", str(given.table), image_root=given.image_root)
         return read_items(given.table, config)[:3]

@@ -45,7 +45,8 @@ def read_mat(
     """The variables of a MATLAB file as dense arrays in MATLAB's orientation.
 
     Version 7.3 stores each array transposed; it is turned back here. Sparse matrices become dense;
-    cell arrays of strings become object arrays of str. keys: read these only, where present. The
+    cell arrays of strings become object arrays of str, rows of char matrices texts without the
+    blanks at their ends. keys: read these only, where present. The
     file is read by another process (`vhabl.apart`). Raises VhablError where it is missing, damaged
     or of another kind, which says what was expected.
     """
@@ -66,7 +67,12 @@ def _dense(value: Any) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype == object:  # a cell array: unwrap the 1-element arrays around its strings
         return np.frompyfunc(_unwrap, 1, 1)(array)
-    return array
+    return _unpadded(array)
+
+
+def _unpadded(array: np.ndarray) -> np.ndarray:
+    """Without the blanks that make the rows of a char matrix equally long."""
+    return np.char.rstrip(array, " ") if array.dtype.kind == "U" and array.size > 1 else array
 
 
 def _unwrap(cell: Any) -> Any:
@@ -76,6 +82,8 @@ def _unwrap(cell: Any) -> Any:
         return ""
     if isinstance(cell, np.ndarray) and cell.dtype == object:  # a cell array in a cell
         return np.frompyfunc(_unwrap, 1, 1)(cell)
+    if isinstance(cell, np.ndarray):
+        return _unpadded(cell)
     return str(cell) if isinstance(cell, np.str_) else cell
 
 
@@ -149,7 +157,8 @@ def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
             cells[place] = _unwrap(_hdf5_value(file, _held(file, reference)))
         return cells
     if matlab_class == b"char":
-        return np.array([_text(row) for row in array.T])  # a row of a char matrix is a text
+        rows = [_text(row) for row in array.T]  # a row of a char matrix is a text
+        return _unpadded(np.array(rows))
     return np.asarray(array).T
 
 

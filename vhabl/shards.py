@@ -18,7 +18,7 @@ import numpy as np
 from vhabl.codes import texts
 from vhabl.errors import fail, plural
 from vhabl.files import atomic_path, check_archive
-from vhabl.types import Rows
+from vhabl.types import Embedded, Rows, Stored
 
 BLOCK = 1024  # items that a signature reads at once
 OWN_KEYS = ("signature", "first", "ids", "cut")  # of a shard; the others are views
@@ -88,7 +88,7 @@ def rows(count: int, batch: int, rank: int, size: int) -> slice:
 def signature(
     made_with: Iterable[str],
     ids: Sequence[str],
-    images: Sequence[Path] | np.ndarray | Rows | None,
+    images: Sequence[Stored] | np.ndarray | Rows | None,
     texts: Sequence[str] | np.ndarray | None,
 ) -> str:
     """A short digest of what decides the codes of items: made_with, ids, texts and features as they
@@ -110,6 +110,8 @@ def signature(
         add(b"none" if listed is None else f"{len(listed)} values".encode())
         for value in listed or ():
             add(str(value).encode("utf-8", "surrogatepass"))
+            if isinstance(value, Embedded):
+                add(value.content)
             if isinstance(value, Path) and value.is_file():  # else it is said when it is read
                 found = value.stat()
                 add(f"{found.st_size} {found.st_mtime_ns}".encode())

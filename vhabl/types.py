@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -90,6 +91,20 @@ class Batch:
     @property
     def labels_of_texts(self) -> Tensor:
         return self.labels if self.text_labels is None else self.text_labels
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture that a table holds itself: its name and the bytes of its file."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Stored = Path | Embedded  # a picture that is not read yet
 
 
 @dataclass(frozen=True)

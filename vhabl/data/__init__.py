@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from vhabl.data.table import read_table
 from vhabl.errors import VhablError, fail, plural
 from vhabl.files import locate
 from vhabl.settings import DataConfig, EncoderConfig
-from vhabl.types import Dataset, Rows, Split
+from vhabl.types import Dataset, Rows, Split, Stored
 
 __all__ = ["Collection", "collection", "items", "load", "validation_split", "without"]
 
@@ -101,7 +100,7 @@ class Collection:
     """
 
     ids: list[str]
-    images: Sequence[Path] | np.ndarray | Rows
+    images: Sequence[Stored] | np.ndarray | Rows
     texts: Sequence[str] | np.ndarray
     labels: np.ndarray
     class_names: list[str]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,8 +15,8 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
-from vhabl.errors import VhablError, fail
-from vhabl.types import Inputs, Rows, Split, Store
+from vhabl.errors import VhablError, fail, note
+from vhabl.types import Embedded, Inputs, Rows, Split, Store, Stored
 
 IN_MEMORY = 2**28  # bytes of pixels up to which a set's images are read once and kept
 # Pixels that are decoded at most: a decoder may hold four copies of 4 bytes each. A JPEG may have
@@ -21,18 +24,41 @@ IN_MEMORY = 2**28  # bytes of pixels up to which a set's images are read once an
 PIXELS = 62_000_000
 REDUCED = 3  # times the pixels needed along a side that a JPEG decoded at a part of its size has
 LONGEST = 256  # sides of a picture, long to short
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
+# What turns a picture upright, by the orientation that its EXIF data give.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def open_image(path: Path | BinaryIO | Image.Image, name: str = "") -> Image.Image:
-    """A whole image as RGB, upright as its EXIF says, transparent parts on white. name: what a
-    message calls it, by default its path. Raises VhablError where it is missing, damaged, absurdly
-    large or absurdly long.
+Picture = Stored | Image.Image
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def open_image(path: Picture | BinaryIO, name: str = "") -> Image.Image:
+    """A whole image as RGB: upright as its EXIF data say, on white where it is transparent. name:
+    what a message calls it, by default its path. Raises VhablError where it is missing, damaged,
+    absurdly large or absurdly long.
     """
     return _decoded(path, name)[0]
 
 
-def read_pixels(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) -> np.ndarray:
+def is_picture(path: Path) -> bool:
+    """Whether a file begins as a picture of a format that is read, whatever its name."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except Exception:  # damaged bytes raise many types
+        return False
+
+
+def read_pixels(path: Picture | BinaryIO, side: int, squeeze: bool) -> np.ndarray:
     """`to_pixels` of an image, [3, side, side] uint8. A JPEG much larger than needed is decoded at
     a half, a quarter or an eighth of its size, at least three times as large as `side`: on the
     average a pixel changes by less than half a level of 255. Raises VhablError as `open_image`.
@@ -41,7 +67,7 @@ def read_pixels(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) -
     return to_pixels(image, side, squeeze, box)
 
 
-def read_whole(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) -> np.ndarray:
+def read_whole(path: Picture | BinaryIO, side: int, squeeze: bool) -> np.ndarray:
     """The whole of an image, its short side resized to `side`, or squeezed to a square: [3, h, w]
     uint8. Decoded as by `read_pixels`. Raises VhablError as `open_image`.
     """
@@ -50,40 +76,25 @@ def read_whole(path: Path | BinaryIO | Image.Image, side: int, squeeze: bool) ->
     return _array(image.resize(size, Image.Resampling.BICUBIC, box))
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-# EXIF's orientations: what turns a picture upright, and whether that swaps its sides, and has its
-# columns and its rows run the other way.
-TURNS = {
-    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
-    3: (Image.Transpose.ROTATE_180, False, True, True),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
-    5: (Image.Transpose.TRANSPOSE, True, False, False),
-    6: (Image.Transpose.ROTATE_270, True, True, False),
-    7: (Image.Transpose.TRANSVERSE, True, True, True),
-    8: (Image.Transpose.ROTATE_90, True, False, True),
-}
-
-
-def _decoded(
-    path: Path | BinaryIO | Image.Image, name: str, least: int = 0
-) -> tuple[Image.Image, Box]:
-    """An image as `open_image` gives it, and the part of it that is the picture: where it is
-    decoded at a part of its size, some of an outer column and row may lie beyond the picture.
+def _decoded(path: Picture | BinaryIO, name: str, least: int = 0) -> tuple[Image.Image, Box]:
+    """An image as RGB, with the box that the picture takes of it, in pixels: where it is decoded at
+    a part of its size, of its outermost column and row a part may lie beyond the picture.
     least: the sides that a JPEG keeps at least; 0 decodes it whole.
     """
     if isinstance(path, Image.Image):
-        return _upright(path, path.size)
+        path.load()  # a TIFF is upright from here on
+        return _seen(path, path.size)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        source = io.BytesIO(path.content) if isinstance(path, Embedded) else path
+        with Image.open(source, formats=FORMATS) as image:
             if max(image.size) > LONGEST * min(image.size):  # its short side would be enlarged
                 raise ValueError(f"{image.width} x {image.height} pixels")
             width, height = image.size
             reduced = image.draft(None, (least, least)) if least else None
-            size = reduced[1][2:] if reduced else (width, height)
             if width * height > 2 * PIXELS or image.width * image.height > PIXELS:
                 raise ValueError(f"{width} x {height} pixels")
-            return _upright(image, size)
+            image.load()
+            return _seen(image, reduced[1][2:] if reduced else image.size)
     except FileNotFoundError:
         fail(path, "no such file", "the image of an item")
     except Exception as error:  # damaged bytes raise many types
@@ -93,62 +104,88 @@ def _decoded(
         ) from None
 
 
-def _upright(image: Image.Image, size: tuple[float, float]) -> tuple[Image.Image, Box]:
-    """An image as RGB, and the box of its picture, which begins at its top left corner."""
-    image.load()  # a PNG may have its EXIF at its end
+def _seen(image: Image.Image, extent: tuple[float, float]) -> tuple[Image.Image, Box]:
+    """A picture as a viewer shows it, as RGB: upright, and on white where it is transparent.
+
+    extent: the width and height that the picture takes of the image as it is stored. Also gives
+    the box that it takes of the upright one.
+    """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF raises many types, and the picture may be whole
-        orientation = None
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        found = _to_grey(image).convert("RGB")
-    elif image.has_transparency_data:
-        found = Image.new("RGBA", image.size, "white")
-        found.alpha_composite(image.convert("RGBA"))
-        found = found.convert("RGB")
-    else:
-        found = image.convert("RGB")
-    (width, height), (x, y) = size, (found.width - size[0], found.height - size[1])
-    if orientation not in TURNS:
-        return found, (0, 0, width, height)
-    turn, swapped, from_right, from_bottom = TURNS[orientation]
-    if swapped:
-        width, height, x, y = height, width, y, x
-    left, top = x * from_right, y * from_bottom
-    return found.transpose(turn), (left, top, left + width, top + height)
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data: the pixels are whole
+        turn = 1
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+    if deep:
+        image = _to_grey(image)
+    if image.has_transparency_data:
+        above = image.convert("RGBA")
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(above)
+    image = image.convert("RGB")
+    if turn in UPRIGHT:
+        image = image.transpose(UPRIGHT[turn])
+    width, height = extent[::-1] if turn in (5, 6, 7, 8) else extent
+    left = image.width - width if turn in (2, 3, 6, 7) else 0  # the first column was the last one
+    top = image.height - height if turn in (3, 4, 7, 8) else 0
+    return image, (left, top, left + width, top + height)
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """A picture of 16 or more bits a pixel as one of 8: its own range becomes 0 to 255."""
+    """A picture of more than 8 bits a pixel as one of 8: the range that its file declares becomes 0
+    to 255, else that of 16 bits or, of real numbers and bytes, its own.
+    """
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16") or (image.mode == "I" and high > 255):
-        low, high = 0.0, 65535.0
+        top = _declared(image)
+        if top is None and 255 < high < 4096:
+            _note_dark()
+        low, high = 0.0, 65535.0 if top is None else top
     grey = np.empty(values.shape, np.uint8)
     for rows in range(0, len(values), 256):  # the numbers between take 8 bytes each
         some = values[rows : rows + 256].astype(np.float64)
         scaled = (some - low) / max(high - low, 1e-12) * 255
         grey[rows : rows + 256] = np.clip(scaled, 0, 255)
+        if "transparency" in image.info:  # the grey that a PNG shows as nothing
+            grey[rows : rows + 256][some == image.info["transparency"]] = 255
     return Image.fromarray(grey)
+
+
+def _declared(image: Image.Image) -> float | None:
+    """The value that a TIFF declares as its largest, by a tag or by fewer bits than 16."""
+    tags = getattr(image, "tag_v2", {})
+    top = tags.get(281) or tags.get(341)  # MaxSampleValue, SMaxSampleValue
+    top = top[0] if isinstance(top, tuple) else top
+    bits = tags.get(258, (16,))[0]  # BitsPerSample
+    return float(top) if top else 2.0**bits - 1 if bits < 16 else None
+
+
+@cache
+def _note_dark() -> None:
+    note(
+        "pictures of 16 bits with no value above 4095 are read as dark ones; if they have 12 bits, "
+        "multiply them by 16"
+    )
 
 
 def to_pixels(image: Image.Image, side: int, squeeze: bool, box: Box | None = None) -> np.ndarray:
     """The image with its short side resized to `side` and the centre cut out, or squeezed to a
-    square: [3, side, side] uint8. box: the part of the image that is the picture, by default all.
+    square: [3, side, side] uint8. box: what the picture takes of the image, by default all.
     """
     bicubic = Image.Resampling.BICUBIC
-    x0, y0, x1, y1 = box or (0, 0, *image.size)
-    width, height = x1 - x0, y1 - y0
+    start_x, start_y, end_x, end_y = box or (0, 0, *image.size)
+    width, height = end_x - start_x, end_y - start_y
     if squeeze:
-        image = image.resize((side, side), bicubic, (x0, y0, x1, y1))
+        image = image.resize((side, side), bicubic, (start_x, start_y, end_x, end_y))
     else:
         size = _resized(width, height, side)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
         # Of the resized image only the centre is computed, from this box.
         x, y = width / size[0], height / size[1]
-        right, bottom = min(width, (left + side) * x), min(height, (top + side) * y)
-        cut = (x0 + left * x, y0 + top * y, x0 + right, y0 + bottom)
-        image = image.resize((side, side), bicubic, cut)
+        first = (start_x + left * x, start_y + top * y)
+        last = (start_x + (left + side) * x, start_y + (top + side) * y)
+        centre = (*first, min(end_x, last[0]), min(end_y, last[1]))
+        image = image.resize((side, side), bicubic, centre)
     return _array(image)
 
 
@@ -184,7 +221,7 @@ class ImageFiles:
 
     def __init__(
         self,
-        files: Sequence[Path | Image.Image],
+        files: Sequence[Picture],
         side: int,
         squeeze: bool,
         workers: int,
@@ -224,13 +261,25 @@ class ImageFiles:
         """What tells the given pictures from others without decoding them, [N]: the bytes of the
         files, -1 where there is none (it is said when it is read).
         """
-        files = [Path(str(self.files[row])) for row in rows.tolist()]
-        return np.array([f.stat().st_size if f.is_file() else -1 for f in files], np.int64)
+
+        def size(file: Picture) -> int:
+            if isinstance(file, Embedded):
+                return len(file.content)
+            path = Path(str(file))
+            return path.stat().st_size if path.is_file() else -1
+
+        return np.array([size(self.files[row]) for row in rows.tolist()], np.int64)
 
     def state(self) -> bytes:
-        """What changes when any picture does: names, sizes and times of all files."""
+        """What changes when any picture does: names, sizes and times of all files, and what is in
+        those that a table holds.
+        """
         lines = []
-        for file in (Path(str(name)) for name in self.files):
+        for name in self.files:
+            if isinstance(name, Embedded):
+                lines.append(f"{name}\0{blake2b(name.content, digest_size=16).hexdigest()}\n")
+                continue
+            file = Path(str(name))
             status = file.stat() if file.exists() else None  # a missing one is said when read
             lines.append(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n")
         return "".join(lines).encode()

@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
-from vhabl.data.images import ImageFiles, open_image
+from vhabl.data.images import ImageFiles, Picture, open_image
 from vhabl.errors import VhablError, fail, plural
 from vhabl.labels import as_labels
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig, EncoderConfig
-from vhabl.types import Rows, Split
+from vhabl.types import Rows, Split, Stored
 
 _KEYS = {  # the releases' names for the same thing
     "caption": ("caption", "tags", "YAll"),
@@ -41,7 +40,7 @@ class Pairs:
     ids: list[str]
     captions: list[str]  # the first one of each item
     further: list[list[str]]  # the others
-    files: list[Path]
+    files: Sequence[Stored]
     labels: np.ndarray  # [N, C] uint8 in {0, 1}
     class_names: list[str]  # in label order; empty where the files do not name them
 
@@ -66,14 +65,12 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
         where = "key data.class_names" if config.class_names else listed
         fail(where, f"{len(class_names)} names", f"{labels.shape[1]}, as label.mat has columns")
     files = [_image_file(path, config.image_root, name) for name in names]
-    first = dict(zip(reversed(files), reversed(names), strict=True))
-    for name, file in zip(names, files, strict=True):
-        if name != first[file]:
-            fail(
-                path / "index.mat",
-                f"{first[file]} and {name}, which both lead to {file}",
-                f"each of them below {path / config.image_root}",
-            )
+    owners: dict[Path, str] = {}
+    for number, (name, file) in enumerate(zip(names, files, strict=True), 1):
+        if (owner := owners.setdefault(file, name)) != name:
+            found = f"{owner[-80:]!r} and {name[-80:]!r}, both of which are {file}"
+            where = f"{path / 'index.mat'}: item {number}"
+            fail(where, found, "the folders of the images too, as in the names")
     return Pairs(names, captions, further, files, labels, class_names)
 
 
@@ -142,7 +139,7 @@ def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Roles
     return Roles((train, database, query), tuple(vocabulary), notes)
 
 
-def describe_images(files: Sequence[Path | Image.Image]) -> np.ndarray:
+def describe_images(files: Sequence[Picture]) -> np.ndarray:
     """Descriptors of images: float32 [N, 1120]. Raises VhablError where one cannot be read."""
     with ThreadPoolExecutor() as pool:
         described = pool.map(lambda file: describe_image(open_image(file)), files)
@@ -150,7 +147,7 @@ def describe_images(files: Sequence[Path | Image.Image]) -> np.ndarray:
 
 
 def pictures(
-    files: Sequence[Path | Image.Image],
+    files: Sequence[Picture],
     config: DataConfig,
     encoder: EncoderConfig,
     kind: type[ImageFiles] = ImageFiles,
@@ -197,7 +194,7 @@ def describe_pairs(pairs: Pairs) -> list[str]:
 def bad_images(pairs: Pairs) -> list[str]:
     """A message for every image that is missing or cannot be read."""
 
-    def problem(file: Path) -> str | None:
+    def problem(file: Stored) -> str | None:
         try:
             open_image(file)
         except VhablError as error:

@@ -5,6 +5,7 @@ columns of images, captions and labels.
 from __future__ import annotations
 
 import ast
+import base64
 import csv
 import json
 import math
@@ -18,6 +19,7 @@ import numpy as np
 from vhabl.data.pairs import Pairs
 from vhabl.errors import VhablError, brief, fail, note, plural
 from vhabl.settings import DataConfig
+from vhabl.types import Embedded, Stored
 
 
 def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pairs:
@@ -46,9 +48,9 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     names = config.class_names or sorted({name for number in kept for name in labels[number]})
     place = {name: i for i, name in enumerate(names)}
     matrix = np.zeros((len(kept), len(names)), np.uint8)
-    images = [_image_name(path, number, row, config) for number, row in enumerate(rows)]
-    every_id = _ids(images)
-    ids, captions, further, files = [], [], [], []
+    images = [_image(path, number, row, config) for number, row in enumerate(rows)]
+    every_id = _ids([_name(image, row, config) for image, row in zip(images, rows, strict=True)])
+    ids, captions, further, files = [], [], [], list[Stored]()
     for item, number in enumerate(kept):
         where = f"{path}: row {number + 1}"
         for name in labels[number]:
@@ -59,13 +61,13 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
         ids.append(every_id[number])
         captions.append(first)
         further.append(others)
-        files.append(path.parent / config.image_root / images[number])
+        files.append(images[number])
     return Pairs(ids, captions, further, files, matrix, list(names))
 
 
 def read_items(
     path: Path, config: DataConfig
-) -> tuple[list[str], list[Path] | None, list[str] | None, list[list[str]]]:
+) -> tuple[list[str], list[Stored] | None, list[str] | None, list[list[str]]]:
     """Ids, image files, captions and names of the classes of all rows; None for the images or
     captions of a table without that column. Raises VhablError naming the file and the row.
     """
@@ -82,8 +84,8 @@ def read_items(
         fail(f"{path}: columns", known, f"{config.image_column}, {config.caption_column} or both")
     files = captions = None
     if has[config.image_column]:
-        names = [_image_name(path, n, row, config) for n, row in enumerate(rows)]
-        files = [path.parent / config.image_root / name for name in names]
+        files = [_image(path, n, row, config) for n, row in enumerate(rows)]
+        names = [_name(file, row, config) for file, row in zip(files, rows, strict=True)]
     if has[config.caption_column]:
         captions = [_captions(path, n, row, config)[0] for n, row in enumerate(rows)]
     ids = _ids(names) if files is not None else [str(n) for n in range(1, len(rows) + 1)]
@@ -96,12 +98,31 @@ def _ids(images: Sequence[str]) -> list[str]:
     return [name if first[name] == row else f"{name}#{row}" for row, name in enumerate(images, 1)]
 
 
-def _image_name(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> str:
-    name = row.get(config.image_column)
+def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> Stored:
+    """The picture of a row: a file, or one that the row holds as its bytes (in JSON as base64)."""
+    cell = row.get(config.image_column)
+    content, name = cell, None
+    if isinstance(cell, dict):
+        content, name = cell.get("bytes"), cell.get("path")
+        if isinstance(content, str):
+            try:
+                content = base64.b64decode(content, validate=True)
+            except ValueError:
+                content = name = None
+    if isinstance(content, bytes) and content:
+        return Embedded(name if isinstance(name, str) and name else str(number + 1), content)
+    name = cell if isinstance(cell, str) else name
     if not isinstance(name, str) or not name:
         where = f"{path}: row {number + 1}: column {config.image_column}"
-        fail(where, _shown(name), "a file name")
-    return name
+        expected = 'a file name, or a picture as {"bytes": ..., "path": ...} with bytes in base64'
+        fail(where, _shown(cell), expected)
+    return path.parent / config.image_root / name.replace("\\", "/")
+
+
+def _name(image: Stored, row: dict[str, Any], config: DataConfig) -> str:
+    """The name of a picture as the table gives it."""
+    cell = row.get(config.image_column)
+    return cell if isinstance(cell, str) else image.name
 
 
 def _shown(value: Any) -> str:

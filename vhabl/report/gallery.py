@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from vhabl.data.images import open_image
 from vhabl.evaluator import own_positions
 from vhabl.metrics import hamming_distances
 from vhabl.settings import DataConfig
-from vhabl.types import Codes, Dataset
+from vhabl.types import Codes, Dataset, Stored
 
 THUMBNAIL = 96  # pixels, the longer side
 
@@ -26,7 +25,7 @@ class Item:
 
     caption: str
     classes: str
-    image: Path | None
+    image: Stored | None
 
     @property
     def source(self) -> str:
@@ -52,7 +51,7 @@ class Gallery:
     def __init__(self, config: DataConfig, data: Dataset) -> None:
         self.data = data
         self.own = own_positions(data.query.ids, data.database.ids)
-        self.pairs: dict[str, tuple[str, Path]] = {}
+        self.pairs: dict[str, tuple[str, Stored]] = {}
         names = config.class_names
         if config.has_files:
             pairs = items(config)

@@ -24,6 +24,7 @@ from vhabl import codebooks
 from vhabl.codes import pack
 from vhabl.config import load_data_config
 from vhabl.data import collection
+from vhabl.data.images import Picture
 from vhabl.encode import Images, Model, Texts, read_codes
 from vhabl.encode import load as load_model
 from vhabl.errors import fail
@@ -370,5 +371,5 @@ def _kept(
     return Items(list(ids), captions, paths, labels)
 
 
-def _path(image: str | Path | Image.Image) -> str:
+def _path(image: str | Picture) -> str:
     return str(Path(image).resolve()) if isinstance(image, str | Path) else ""
