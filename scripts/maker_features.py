@@ -230,7 +230,9 @@ class Clip:
             note(f"{plural(too_long, 'caption')} longer than {self.config.words} tokens: cut")
 
     def pictures(self, files: list[Path]) -> ImageFiles:
-        return ImageFiles(files, self.encoder.size, self.config.squeeze, self.workers)
+        c = self.config
+        squeeze = openclip.squeezed(c.model, c.weights, c.squeeze)
+        return ImageFiles(files, self.encoder.size, squeeze, self.workers)
 
     def image(self, pixels: Tensor) -> np.ndarray:
         return _array(self.encoder(Inputs(pixels.to(self.device), None)).image)

@@ -43,12 +43,13 @@ from vhabl.data.images import (
     read_whole,
     to_pixels,
 )
+from vhabl.data.pairs import pictures
 from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling, PixelEncoder
 from vhabl.errors import VhablError
 from vhabl.evaluator import code_tasks
 from vhabl.ranks import Ranks
 from vhabl.report import page
-from vhabl.settings import EncoderConfig
+from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.trainer import Trainer
 from vhabl.types import Batch, Dataset, DataSpec, Inputs, Rows, Split
 
@@ -84,7 +85,7 @@ def raw_inputs(towers: ClipEncoder, room: int = 0) -> Inputs:
 
 
 def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    mean, spread = (torch.tensor(v).view(3, 1, 1) for v in openclip.normalisation())
+    mean, spread = (torch.tensor(v).view(3, 1, 1) for v in openclip.normalisation("", ""))
     return (pixels / 255 - mean) / spread
 
 
@@ -272,21 +273,36 @@ class Traced(torch.nn.Module):
         return x + 1
 
 
-@pytest.mark.parametrize("kind", ["archive", "state dict", "wrapped", "safetensors", "run"])
+KINDS = ["archive", "archive of bfloat16", "state dict", "wrapped", "Lightning's", "model",
+         "safetensors", "SAFETENSORS", "scale of one axis", "run"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_come_in_any_file(kind: str, tmp_path: Path) -> None:
-    model = architecture(tmp_path)
+    model = architecture(tmp_path, {**TINY_TOWERS, "quick_gelu": True})
     torch.manual_seed(3)
     clip = openclip.build_towers(model, "")
     state = clip.state_dict()
-    file = tmp_path / ("w.safetensors" if kind in ("safetensors", "run") else "w.pt")
-    if kind == "archive":
+    endings = {"safetensors": "safetensors", "SAFETENSORS": "SAFETENSORS", "run": "safetensors"}
+    file = tmp_path / f"w.{endings.get(kind, 'pt')}"
+    if kind.startswith("archive"):
+        if kind == "archive of bfloat16":
+            clip = clip.bfloat16()
+            state = {name: t.float() for name, t in clip.state_dict().items()}
         torch.jit.trace(Traced(clip), torch.zeros(1)).save(str(file))
+    elif kind == "Lightning's":
+        named = {f"model.{n}": t for n, t in state.items()}
+        torch.save({"epoch": 3, "state_dict": named, "global_step": 9}, file)
+    elif kind == "model":
+        torch.save({"model": state, "optimizer": {}}, file)
+    elif kind == "scale of one axis":
+        torch.save({**state, "logit_scale": state["logit_scale"].reshape(1)}, file)
     elif kind == "state dict":
         torch.save({name: t.half() for name, t in state.items()}, file)
         state = {name: t.half().float() for name, t in state.items()}
     elif kind == "wrapped":
         torch.save({"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}, file)
-    elif kind == "safetensors":
+    elif kind in ("safetensors", "SAFETENSORS"):
         save_file(state, file)
     else:
         others = {"memory": torch.zeros(3)}
@@ -295,6 +311,54 @@ def test_weights_come_in_any_file(kind: str, tmp_path: Path) -> None:
     found = openclip.build_towers(model, str(file)).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_an_archive_of_openais_needs_quick_gelu(tmp_path: Path) -> None:
+    clip = openclip.build_towers(architecture(tmp_path), "")
+    torch.jit.trace(Traced(clip), torch.zeros(1)).save(str(tmp_path / "w.pt"))
+    message = r"w\.pt: found OpenAI's weights, which are for QuickGELU; .*towers-quickgelu"
+    with pytest.raises(VhablError, match=message):
+        openclip.build_towers(str(tmp_path / "towers.json"), str(tmp_path / "w.pt"))
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "quick"),
+    [
+        ("ViT-B-32", "openai", True),
+        ("RN50", "openai", True),
+        ("ViT-B-16", "metaclip_fullcc", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-B-32", "", False),
+        ("ViT-B-32-quickgelu", "openai", True),
+    ],
+)
+def test_weights_by_name_have_the_activation_that_they_were_trained_with(
+    model: str, weights: str, quick: bool
+) -> None:
+    with torch.device("meta"):
+        towers = openclip.build_towers(model, weights, read=False)
+    assert any(isinstance(m, openclip.QuickMLP) for m in towers.modules()) == quick
+
+
+def test_weights_by_name_have_the_pictures_that_they_were_trained_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    half = (0.5, 0.5, 0.5)
+    assert tuple(map(tuple, openclip.normalisation("ViT-L-14", "laion2b_s32b_b82k"))) == (
+        half,
+        half,
+    )
+    for weights in ("openai", "", "cache/ViT-L-14.pt"):
+        mean, spread = openclip.normalisation("ViT-L-14", weights)
+        assert mean == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
+        assert spread == pytest.approx([0.2686, 0.2613, 0.2758], abs=1e-4)
+    assert openclip.squeezed("ViT-H-14", "dfn5b", False)
+    assert not openclip.squeezed("ViT-B-32", "openai", False)
+    assert capsys.readouterr().err == ""
+    assert openclip.squeezed("ViT-B-32", "openai", True)
+    assert "openai was trained on pictures cut in the centre" in capsys.readouterr().err
+    config = EncoderConfig("clip", "ViT-H-14", "dfn5b")
+    assert pictures([], DataConfig("a", "pairs", "a"), config).squeeze
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

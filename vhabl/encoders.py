@@ -325,9 +325,13 @@ class ClipEncoder(PixelEncoder):
     batch = 256
 
     def __init__(self, config: EncoderConfig, tokens: Tokens, pretrained: bool = True) -> None:
-        super().__init__(config, openclip.picture_size(config.model), openclip.normalisation())
+        super().__init__(
+            config,
+            openclip.picture_size(config.model),
+            openclip.normalisation(config.model, config.weights),
+        )
         self.tokens = tokens
-        self.clip = openclip.build_towers(config.model, config.weights if pretrained else None)
+        self.clip = openclip.build_towers(config.model, config.weights, pretrained)
         longest = len(self.clip.positional_embedding)
         if not 3 <= config.words <= longest:
             fail("key encoder.words", str(config.words), f"3 to {longest} tokens")

@@ -74,19 +74,38 @@ def mend_torchvision() -> None:
 # -- towers ----------------------------------------------------------------------------------------
 
 
-def build_towers(model: str, weights: str | None) -> Any:
-    """An `open_clip.CLIP` with these weights, or random ones where `weights` is empty or None.
+def pretrained(model: str, weights: str) -> dict[str, Any]:
+    """What open_clip says of weights that it downloads by name: `quick_gelu`, `mean` and `std` of
+    the colour channels, `resize_mode` (shortest or squash). Empty for a file or no weights.
+    """
+    if not weights or locate(weights).exists():
+        return {}
+    return dict(module().get_pretrained_cfg(model, weights) or {})
+
+
+def squeezed(model: str, weights: str, squeeze: bool) -> bool:
+    """Whether pictures are squeezed to a square: as asked for, or as the weights were trained."""
+    mode = pretrained(model, weights).get("resize_mode")
+    if squeeze and mode == "shortest":
+        note(f"encoder.squeeze=true: {weights} was trained on pictures cut in the centre")
+    return squeeze or mode == "squash"
+
+
+def build_towers(model: str, weights: str, read: bool = True) -> Any:
+    """An `open_clip.CLIP` with these weights, or random ones where `weights` is empty.
 
     model: a name of open_clip's or a JSON file with embed_dim, vision_cfg and text_cfg, of which at
-    most LARGEST parameters are made without a file of weights; weights: None where the caller has
-    them. Raises VhablError for an architecture that is not known or not served, and for weights
-    that are missing, damaged or of another architecture.
+    most LARGEST parameters are made without a file of weights; read: False where the caller has
+    the weights. Raises VhablError for an architecture that is not known or not served, and for
+    weights that are missing, damaged or of another architecture.
     """
     open_clip = module()
     config = _architecture(open_clip, model)
+    if pretrained(model, weights).get("quick_gelu"):  # some names are of both kinds of weights
+        config["quick_gelu"] = True
     described = model.endswith(".json") or model[:1] == "{"
     try:
-        if described and weights is not None:
+        if described and read:
             with torch.device("meta"):  # shapes alone
                 count = sum(p.numel() for p in open_clip.CLIP(**config).parameters())
             path = locate(weights)
@@ -105,7 +124,7 @@ def build_towers(model: str, weights: str | None) -> Any:
         )
     if getattr(towers, "text_pool_type", "argmax") != "argmax" or towers.attn_mask is None:
         _not_served(model)
-    if weights:
+    if weights and read:
         load_weights(towers, model, weights)
     return towers
 
@@ -129,10 +148,13 @@ def picture_size(model: str) -> int:
     return int(_architecture(module(), model)["vision_cfg"]["image_size"])
 
 
-def normalisation() -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and spread of each colour channel, on a scale of 0 to 1, of the pictures of CLIP."""
-    open_clip = module()
-    return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+def normalisation(model: str, weights: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and spread of each colour channel, on a scale of 0 to 1, of the pictures that the
+    weights were trained on: of CLIP's, where they say nothing else.
+    """
+    open_clip, own = module(), pretrained(model, weights)
+    theirs = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return own.get("mean", theirs[0]), own.get("std", theirs[1])
 
 
 def _not_served(model: str) -> None:
@@ -204,12 +226,16 @@ def load_weights(towers: nn.Module, model: str, weights: str) -> None:
     path = locate(weights)
     if not path.is_file():
         path = _download(model, weights)
-    state = _of_towers(read_state(path))
-    expected = towers.state_dict()
+    found, expected = read_state(path), towers.state_dict()
+    if _NOT_WEIGHTS[0] in found and not any(isinstance(m, QuickMLP) for m in towers.modules()):
+        fail(path, "OpenAI's weights, which are for QuickGELU",
+             f"encoder.model={name_of(model)}-quickgelu")  # fmt: skip
+    state = _of_towers(found)
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             fail(path, f"{name} of type {tensor.dtype}", "weights of floating-point numbers")
-    state.setdefault("logit_scale", expected["logit_scale"])  # no code depends on it
+    scale = expected["logit_scale"]  # no code depends on it, and some files hold it as [1]
+    state["logit_scale"] = state.get("logit_scale", scale).reshape(scale.shape)
     wrong = [f"no {name}" for name in expected.keys() - state.keys()]
     wrong += [f"an unknown {name}" for name in state.keys() - expected.keys()]
     wrong += [

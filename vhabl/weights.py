@@ -24,7 +24,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     state: Any
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             state = load_file(path)
@@ -32,11 +32,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state = _unpickle(path)
     except Exception as error:  # damaged bytes raise many types
         fail(path, f"a damaged or foreign file ({brief(error)})", EXPECTED)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         fail(path, "something else than tensors by name", EXPECTED)
-    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    return {_own_name(str(name)): tensor for name, tensor in state.items()}
+
+
+def _own_name(name: str) -> str:
+    """A tensor's name without what DataParallel and Lightning put before it."""
+    return name.removeprefix("module.").removeprefix("model.")
 
 
 def _unpickle(path: Path) -> Any:
@@ -53,4 +59,4 @@ def _unpickle(path: Path) -> Any:
 def _script(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a script, which torch reads with code that damaged bytes can crash."""
     for name, tensor in torch.jit.load(str(path), map_location="cpu").state_dict().items():
-        yield name, tensor.numpy()
+        yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -153,12 +153,14 @@ def pictures(
     kind: type[ImageFiles] = ImageFiles,
 ) -> ImageFiles:
     """Images as the pixels that an encoder takes, read when they are indexed."""
+    squeeze = encoder.squeeze
     if encoder.name == "cnn":
         size = encoder.side or cnn.SIDE
     else:
         size = openclip.picture_size(encoder.model)
+        squeeze = openclip.squeezed(encoder.model, encoder.weights, squeeze)
     crop = size if encoder.augment else 0
-    return kind(files, encoder.resize or size, encoder.squeeze, config.workers, crop)
+    return kind(files, encoder.resize or size, squeeze, config.workers, crop)
 
 
 def _tokens(pairs: Pairs, encoder: EncoderConfig) -> tuple[Rows, list[str]]:
