@@ -25,6 +25,7 @@ setup(
         "pyyaml>=6,<7",
         "safetensors>=0.4,<1",
         "pillow>=11.3",
+        "regex>=2023.8.8",
         "tqdm>=4.60",
         "tensorboard>=2.14,<3",
         "matplotlib>=3.8,<4",

@@ -856,6 +856,15 @@ def test_words_of_a_caption() -> None:
     ]
 
 
+def test_words_in_other_scripts() -> None:
+    assert sorted(words("红色汽车")) == sorted(["红", "色", "汽", "车", "红色", "色汽", "汽车"])
+    assert words("T恤, 红") == ["t", "恤", "红"]
+    assert words("ラーメン") == ["ラ", "ー", "メ", "ン", "ラー", "ーメ", "メン"]
+    assert words("ที่นี่") == ["ที่", "นี่", "ที่นี่"]  # vowels and tones are no characters of their own
+    assert words("हिन्दी भाषा") == ["हिन्दी", "भाषा"]
+    assert words("Zoe\u0308 cafe\u0301") == words("Zoë café") == ["zoë", "café"]
+
+
 def test_words_come_from_training_captions_alone(tmp_path: Path) -> None:
     """New words in a query's caption change nothing for any other item, nor the query's width."""
     folder = write_pairs(tmp_path / "p")

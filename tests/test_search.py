@@ -199,6 +199,19 @@ def test_a_filter_that_is_none(text: str, message: str) -> None:
         parse(text, NAMES)
 
 
+def test_words_that_a_model_does_not_know_are_said(
+    index: Index, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert __main__.main(["query", "index", "--text", "a red zyzzyva"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 10 and "note: the model does not know zyzzyva\n" in err
+    assert __main__.main(["query", "index", "--text", "a red picture"]) == 0
+    assert "does not know" not in capsys.readouterr().err
+    for text in ("qwertz asdf", "狗", "..."):
+        with pytest.raises(VhablError, match="text: found no word that the model knows in "):
+            index.search(text=text)
+
+
 def test_a_filter_on_an_index_without_labels_says_so() -> None:
     with pytest.raises(VhablError, match="filter: the index has no labels"):
         parse("label = 'cat'", [])

@@ -34,7 +34,7 @@ from vhabl import errors, openclip, ranks, runs, shards
 from vhabl.config import load_data_config, to_yaml
 from vhabl.data import collection
 from vhabl.data.images import Picture, is_picture
-from vhabl.data.pairs import bag_of_words, describe_images, pictures
+from vhabl.data.pairs import bag_of_words, describe_images, pictures, words
 from vhabl.data.table import read_items
 from vhabl.errors import fail, note, plural
 from vhabl.evaluator import encode, relaxed_codes
@@ -94,6 +94,17 @@ class Model:
     ) -> dict[str, np.ndarray]:
         """What `encode` takes the signs of, float32 [N, bits] of each view."""
         return self._run(images, texts, bits, progress_bar, relaxed_codes)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the model does not count; none where it reads tokens. Raises
+        VhablError where it counts none of them.
+        """
+        vocabulary = self.method.spec.vocabulary
+        unknown = [word for word in words(text) if word not in vocabulary] if vocabulary else []
+        if vocabulary and len(unknown) == len(words(text)):
+            found = f"no word that the model knows in {text[:80]!r}"
+            fail("text", found, "words of its training captions")
+        return unknown
 
     def _run(
         self,

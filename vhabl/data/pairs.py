@@ -7,14 +7,16 @@ bag.
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
 from vhabl import cnn, openclip
@@ -245,13 +247,34 @@ def _cell(file: Path, cell: object) -> list[str]:
     return [str(text).rstrip("\n") for text in found] or [""]
 
 
+# Letters of scripts that put no spaces between words, and words of all others with their marks.
+_UNSPACED = (
+    r"[[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}]"
+    r"&&[\p{L}\p{N}\p{M}]]"
+)
+_SPACED = rf"[[\p{{L}}\p{{N}}]--{_UNSPACED}][[\p{{L}}\p{{N}}\p{{M}}]--{_UNSPACED}]*"
+_WORDS = regex.compile(
+    rf"(?V1)(?P<unspaced>{_UNSPACED}+)|{_SPACED}(?:['\u2019][\p{{L}}\p{{N}}\p{{M}}]+)?"
+)
+
+
 def words(caption: str) -> list[str]:
-    """Lower-case words of letters and digits.
+    """Lower-case words of letters, marks and digits; of scripts without spaces between words, such
+    as Chinese, characters and pairs of them.
 
     >>> words("Man's best friend: dog, pet!")
     ["man's", 'best', 'friend', 'dog', 'pet']
+    >>> words("红色车")
+    ['红', '色', '车', '红色', '色车']
     """
-    return re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)?", caption.lower())
+    found: list[str] = []
+    for match in _WORDS.finditer(unicodedata.normalize("NFC", caption.lower())):
+        if match["unspaced"]:
+            characters = regex.findall(r"\X", match[0])
+            found += [*characters, *(a + b for a, b in pairwise(characters))]
+        else:
+            found.append(match[0])
+    return found
 
 
 def _vocabulary(captions: Sequence[str], min_count: int) -> list[str]:
