@@ -291,7 +291,7 @@ def test_weights_come_in_any_file(kind: str, tmp_path: Path) -> None:
             state = {name: t.float() for name, t in clip.state_dict().items()}
         torch.jit.trace(Traced(clip), torch.zeros(1)).save(str(file))
     elif kind == "Lightning's":
-        named = {f"model.{n}": t for n, t in state.items()}
+        named = {f"model.module.{n}": t for n, t in state.items()}
         torch.save({"epoch": 3, "state_dict": named, "global_step": 9}, file)
     elif kind == "model":
         torch.save({"model": state, "optimizer": {}}, file)

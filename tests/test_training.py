@@ -305,6 +305,11 @@ def test_scaling_gives_any_unit_a_spread_of_1_and_a_note_counts_constant_feature
     found = scaling(split.inputs(np.arange(50)))
     np.testing.assert_allclose(found.image.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert not found.text.any()
+    unseen = replace(split, image=split.image + np.float32(factor), text=split.text + 1)
+    later = scaling(unseen.inputs(np.arange(50)))
+    assert not later.text.any()  # what never changed in training carries nothing later
+    if scale == "standard":
+        assert not later.image[:, 1].any()
     told = capsys.readouterr().err
     assert "note: 1 of 3 image features are constant on the training items\n" in told
     assert "note: 2 of 2 text features are constant on the training items\n" in told

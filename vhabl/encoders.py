@@ -140,7 +140,7 @@ class FeatureScaling(Encoder):
     @torch.no_grad()
     def fit(self, train: Split, kind: str) -> None:
         """Measure mean and spread on training items only, in float64. A note says how many features
-        are constant: they become 0.
+        are constant there: they carry nothing and become 0 (not those of `global`).
         """
         if kind == "none":
             return
@@ -153,10 +153,12 @@ class FeatureScaling(Encoder):
             if constant.any():
                 count = f"{int(constant.sum()):,} of {plural(len(constant), f'{view} feature')}"
                 note(f"{count} are constant on the training items")
-            if kind == "global":
+            if kind == "global" and not constant.all():
                 spread = spread.square().mean().sqrt().expand_as(spread)
+            else:
+                spread = torch.where(constant, torch.inf, spread)
             self.get_buffer(f"{view}_mean").copy_(mean)
-            self.get_buffer(f"{view}_spread").copy_(torch.where(constant, 1.0, spread))
+            self.get_buffer(f"{view}_spread").copy_(spread)
 
     def forward(self, inputs: Inputs) -> Embeddings:
         image, text = self._scaled("image", inputs.image), self._scaled("text", inputs.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         fail(path, "something else than tensors by name", EXPECTED)
-    return {_own_name(str(name)): tensor for name, tensor in state.items()}
-
-
-def _own_name(name: str) -> str:
-    """A tensor's name without what DataParallel and Lightning put before it."""
-    return name.removeprefix("module.").removeprefix("model.")
+    # DataParallel and Lightning put a word before each name.
+    return {re.sub(r"^((module|model)\.)+", "", str(name)): t for name, t in state.items()}
 
 
 def _unpickle(path: Path) -> Any:
