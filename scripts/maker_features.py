@@ -70,7 +70,7 @@ def make(
     config = load_data_config(CONFIG_DIR / "data" / f"{data}.yaml", overrides)
     features: Cnn | Clip = (Cnn if options.features == "cnn" else Clip)(options)
     made = read_download(options)
-    rows = draw(len(made.index), config)
+    rows = draw(made.index, config)
     features.prepare(made, rows[0], config)
     makers.write(made, options.out, options.force)
     write(_folder(options), made, features, rows)

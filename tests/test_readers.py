@@ -792,11 +792,27 @@ def test_the_published_splits_are_drawn(
     seed: int, items: int, queries: int, first_queries: list[int], first_train: list[int]
 ) -> None:
     config = pairs_config(split_seed=seed, query=queries, train=10_000)
-    train, database, query = draw(items, config)
+    train, database, query = draw(range(items), config)
     assert query[:4].tolist() == first_queries and train[:4].tolist() == first_train
     assert (len(train), len(query), len(database)) == (10_000, queries, items - queries)
     assert np.array_equal(np.sort(np.concatenate([query, database])), np.arange(items))
     assert np.array_equal(database[:10_000], train)  # the training items are in the database
+
+
+def test_items_of_one_image_stay_together() -> None:
+    images = ["a", "b", "c", "a", "d", "b", "c", "d", "e", "a", "e", "d"]  # 3 2 2 3 2 items
+    for seed in range(20):
+        config = pairs_config(split_seed=seed, query=2, train=4)
+        train, database, query = draw(images, config)
+        asked, learned, others = (
+            {images[row] for row in rows} for rows in (query, train, database)
+        )
+        assert not asked & others and learned <= others and asked | others == set("abcde")
+        assert sorted([*query, *database]) == list(range(12))
+        assert [row for row in range(12) if images[row] in learned] == sorted(train)
+        assert len(query) in (2, 3) and len(asked) == 1 and len(learned) == 2
+    with pytest.raises(VhablError, match=r"key data.query: found 2; .*one image has all other"):
+        draw(["a"] * 6, pairs_config(query=2, train=4))
 
 
 def test_another_seed_draws_other_queries(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
             errors.note(text)
     else:
         pairs = items(config)
-        sizes = [len(rows) for rows in draw(len(pairs.ids), config)]
+        sizes = [len(rows) for rows in draw(pairs.files, config)]
         for fact in describe_pairs(pairs):
             print(fact)
         problems = bad_images(pairs)

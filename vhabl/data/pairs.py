@@ -88,22 +88,34 @@ def _image_file(path: Path, root: str, name: str) -> Path:
     return whole if len(parts) > 1 and whole.is_file() else path / root / own.name
 
 
-def draw(items: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of the training, database and query items by a seeded permutation, as the releases
-    draw them (NumPy's legacy generator, queries first).
+def draw(images: Sequence[object], config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of the training, database and query items by a seeded permutation of their images, as
+    the releases draw them (NumPy's legacy generator, queries first). Items of one image stay
+    together, so that there may be a few more of each than was asked for.
 
     The database is all but the query items; the training items are part of it. Raises VhablError
     where there are too few items.
     """
+    items = len(images)
     if config.query < 1 or config.train < 2 or config.query + config.train > items:
         fail(
             "keys data.query and data.train",
             f"{config.query} and {config.train}",
             f"at least 1 and 2, together at most the {items} items",
         )
-    order = np.random.RandomState(config.split_seed).permutation(items)
-    rest = order[config.query :]
-    return rest[: config.train], rest, order[: config.query]
+    rows: dict[object, list[int]] = {}
+    for row, image in enumerate(images):
+        rows.setdefault(image, []).append(row)
+    groups = list(rows.values())
+    order = np.random.RandomState(config.split_seed).permutation(len(groups))
+    items_of = [np.array(groups[group]) for group in order]
+    ends = np.cumsum([len(some) for some in items_of])
+    everything = np.concatenate(items_of)
+    query = int(ends[np.searchsorted(ends, config.query)])
+    train = int(ends[np.searchsorted(ends, min(query + config.train, items))])
+    if train == query:
+        fail("key data.query", str(config.query), "fewer: one image has all other items")
+    return everything[query:train], everything[query:], everything[:query]
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,7 @@ def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Roles
     Raises VhablError where there are too few items, or an image that is read here is missing or
     damaged.
     """
-    rows = draw(len(pairs.ids), config)
+    rows = draw(pairs.files, config)
     ids = np.array(pairs.ids)
     image: np.ndarray | Rows
     text: np.ndarray | Rows
