@@ -274,6 +274,14 @@ def test_a_note_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "note: one\nnote: two\n"
 
 
+def test_training_says_what_it_read(feature_file: Path, command) -> None:
+    code, _, err = command(train.main, *training(feature_file))
+    told = (
+        "note: wiki: 60 items to search, 60 to train on, 20 queries, 4 classes, 1.0 labels an item"
+    )
+    assert code == 0 and err.splitlines()[0] == told
+
+
 def test_a_bar_is_drawn_at_a_terminal_alone(feature_file: Path, command) -> None:
     arguments = [a for a in training(feature_file) if a != "--quiet"]
     code, _, err = command(train.main, *arguments)

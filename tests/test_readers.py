@@ -1054,8 +1054,11 @@ def test_the_check_names_every_bad_image(
     assert data_command.main(["check", str(file), f"data.path={folder}"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines() == [
-        "7 pairs, 2 classes", "1 empty caption", "0 further captions", "0 items without a label",
-        "0 items with the image of another one",
+        "7 pairs", f"item 1: image {folder / 'images' / '0.png'}", "item 1: caption '  '",
+        "item 1: labels class 1",
+        "2 classes, 1.0 labels an item, 0.0% of the items without a label",
+        "  class 1: 4 items", "  class 2: 3 items",
+        "1 empty caption", "0 further captions", "0 items with the image of another one",
         "train: 3 items", "database: 5 items", "query: 2 items", "no problem found",
     ]  # fmt: skip
     with pytest.raises(VhablError, match="nowhere: found no such file or folder"):
@@ -1657,7 +1660,10 @@ def test_the_check_looks_at_arrays(tmp_path: Path, capsys: pytest.CaptureFixture
     file.write_text("name: mine\nkind: npy\npath: arrays\n")
     assert data_command.main(["check", str(file)]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == [
+    first, *classes = out.splitlines()[:-4]
+    assert first.endswith("labels an item, 0.0% of the items without a label")
+    assert [line.partition(":")[0] for line in classes] == [f"  class {n}" for n in (1, 2, 3)]
+    assert out.splitlines()[-4:] == [
         "train: 24 items", "database: 29 items", "query: 7 items", "no problem found",
     ]  # fmt: skip
     assert err == "note: vali: 5 items, in the database and in nothing else\n"

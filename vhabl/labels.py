@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vhabl.errors import fail
+from vhabl.errors import fail, plural
 
 
 def as_labels(
@@ -70,3 +70,18 @@ def require_same(path: Path, what: str, counts: dict[str, int]) -> None:
     if len(set(counts.values())) != 1:
         found = ", ".join(f"{n} {what} in {name}" for name, n in counts.items())
         fail(path, found, "the same number")
+
+
+def describe(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Labels [N, C] in words: how many an item has, and a line for each class with its items."""
+    per_item, per_class = labels.sum(axis=1), labels.sum(axis=0)
+    return [
+        f"{labels.shape[1]} classes, {per_item.mean():.1f} labels an item, "
+        f"{(per_item == 0).mean():.1%} of the items without a label",
+        *(f"  {name}: {plural(int(n), 'item')}" for name, n in zip(names, per_class, strict=True)),
+    ]
+
+
+def numbers(labels: np.ndarray) -> list[str]:
+    """Names of classes that have none."""
+    return [f"class {number + 1}" for number in range(labels.shape[1])]

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from vhabl import codes, errors, runs
 from vhabl.config import Config, describe_keys, load, recipes, to_yaml
+from vhabl.data import describe
 from vhabl.data import load as load_data
 from vhabl.evaluator import Record, code_tasks, real_valued_records, records, with_one_modality
 from vhabl.files import alone
@@ -64,7 +65,7 @@ def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset]
         print(to_yaml(config), end="")
         return None
     data = load_data(config.data, config.encoder)
-    for text in data.notes:
+    for text in (describe(data), *data.notes):
         errors.note(text)
     return given, config, data
 

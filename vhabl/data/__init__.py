@@ -15,10 +15,11 @@ from vhabl.data.pairs import Pairs, Roles, read_pairs, to_splits
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError, fail, plural
 from vhabl.files import locate
+from vhabl.labels import numbers
 from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.types import Dataset, Rows, Split, Stored
 
-__all__ = ["Collection", "collection", "items", "load", "validation_split", "without"]
+__all__ = ["Collection", "collection", "describe", "items", "load", "validation_split", "without"]
 
 
 def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
@@ -113,20 +114,15 @@ def collection(config: DataConfig, encoder: EncoderConfig) -> Collection:
     """
     if config.has_files:
         pairs = items(config, unlabelled=True)
-        names = pairs.class_names or _numbers(pairs.labels)
+        names = pairs.class_names or numbers(pairs.labels)
         return Collection(pairs.ids, pairs.files, pairs.captions, pairs.labels, list(names))
     data = load(config, encoder)
     found = data.database
     if found.text_labels is not None:
         fail(config.path, "database texts in another order than the images", "pairs to show")
     ids = [f"item {number + 1}" for number in range(len(found))]
-    names = list(data.class_names) or _numbers(found.labels)
+    names = list(data.class_names) or numbers(found.labels)
     return Collection(ids, found.image, found.text[:], found.labels, names)
-
-
-def _numbers(labels: np.ndarray) -> list[str]:
-    """Names of classes that have none."""
-    return [f"class {number + 1}" for number in range(labels.shape[1])]
 
 
 def missing_message(config: DataConfig) -> str:
@@ -179,6 +175,16 @@ def _fingerprint(*splits: Split) -> str:
             for some in rows:
                 digest.update(np.ascontiguousarray(part[some]).tobytes())
     return digest.hexdigest()[:32]
+
+
+def describe(data: Dataset) -> str:
+    """What was read, in one line."""
+    labels = data.database.labels
+    return (
+        f"{data.name}: {plural(len(labels), 'item')} to search, {len(data.train):,} to train on, "
+        f"{plural(len(data.query), 'query')}, {labels.shape[1]} classes, "
+        f"{labels.sum(axis=1).mean():.1f} labels an item"
+    )
 
 
 def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:

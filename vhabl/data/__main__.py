@@ -10,6 +10,7 @@ from vhabl.config import load_data_config
 from vhabl.data import items, load
 from vhabl.data.pairs import bad_images, describe_pairs, draw
 from vhabl.errors import EXIT_USER_ERROR
+from vhabl.labels import describe, numbers
 
 
 def main(arguments: list[str]) -> int:
@@ -28,6 +29,9 @@ def main(arguments: list[str]) -> int:
         sizes = [len(split) for split in (data.train, data.database, data.query)]
         for text in data.notes:
             errors.note(text)
+        labels = data.database.labels
+        for fact in describe(labels, data.class_names or numbers(labels)):
+            print(fact)
     else:
         pairs = items(config)
         sizes = [len(rows) for rows in draw(pairs.files, config)]

@@ -23,7 +23,7 @@ from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
 from vhabl.data.images import ImageFiles, Picture, open_image
 from vhabl.errors import VhablError, fail, plural
-from vhabl.labels import as_labels
+from vhabl.labels import as_labels, describe, numbers
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.types import Rows, Split, Stored
@@ -197,12 +197,17 @@ def _tokens(pairs: Pairs, encoder: EncoderConfig) -> tuple[Rows, list[str]]:
 
 
 def describe_pairs(pairs: Pairs) -> list[str]:
-    """What the items are, in words."""
+    """What the items are, in words, with the first one as it was read."""
+    names = pairs.class_names or numbers(pairs.labels)
+    own = [name for name, has in zip(names, pairs.labels[0], strict=True) if has]
     return [
-        plural(len(pairs.ids), "pair") + f", {pairs.labels.shape[1]} classes",
+        plural(len(pairs.ids), "pair"),
+        f"item 1: image {pairs.files[0]}",
+        f"item 1: caption {pairs.captions[0][:80]!r}",
+        f"item 1: labels {', '.join(own) or 'none'}",
+        *describe(pairs.labels, names),
         plural(sum(not caption.strip() for caption in pairs.captions), "empty caption"),
         plural(sum(map(len, pairs.further)), "further caption"),
-        plural(int((pairs.labels.sum(axis=1) == 0).sum()), "item") + " without a label",
         plural(len(pairs.files) - len(set(pairs.files)), "item") + " with the image of another one",
     ]
 
