@@ -799,6 +799,39 @@ def test_the_published_splits_are_drawn(
     assert np.array_equal(database[:10_000], train)  # the training items are in the database
 
 
+def test_without_numbers_a_tenth_are_queries() -> None:
+    for items, queries in ((20, 2), (24, 2), (4, 1)):
+        train, database, query = draw(range(items), pairs_config(query=0, train=0))
+        assert len(query) == queries and len(train) == len(database) == items - queries
+    assert [len(rows) for rows in draw(range(20), pairs_config(query=0, train=5))] == [5, 18, 2]
+    assert [len(rows) for rows in draw(range(20), pairs_config(query=7, train=0))] == [13, 13, 7]
+
+
+@pytest.mark.parametrize("database", [True, False])
+def test_a_table_may_say_its_own_split(
+    tmp_path: Path, database: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pairs(tmp_path / "p")
+    names = ["query", "train", "train", "database" if database else "query", "Train ", "query"]
+    rows = [{**row, "split": name} for row, name in zip(TABLE, names, strict=False)]
+    config = table_config(path=str(write_table(folder, "csv", rows)), query=1, train=2)
+    data = load(config)
+    queries = ["0.png", "5.png"] if database else ["0.png", "3.png", "5.png"]
+    assert data.query.ids.tolist() == queries
+    assert data.train.ids.tolist() == ["1.png", "2.png", "4.png"]
+    assert data.database.ids.tolist() == (["3.png"] if database else data.train.ids.tolist())
+    told = capsys.readouterr().err
+    assert ("no row is of the database: the training items are" in told) != database
+    assert "trained on too" not in told
+    rows[5]["image"] = rows[1]["image"]
+    load(replace(config, path=str(write_table(folder, "csv", rows))))
+    assert "the images of 1 query are trained on too" in capsys.readouterr().err
+    for name, message in (("valid", "row 1: column split: found 'valid'"), ("train", "0 quer")):
+        only = [{**row, "split": name} for row in TABLE]
+        with pytest.raises(VhablError, match=message):
+            load(replace(config, path=str(write_table(folder, "csv", only))))
+
+
 def test_items_of_one_image_stay_together() -> None:
     images = ["a", "b", "c", "a", "d", "b", "c", "d", "e", "a", "e", "d"]  # 3 2 2 3 2 items
     for seed in range(20):
@@ -960,7 +993,7 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], None], dict[str, Any], list[str]]] =
         {"class_names": ["a", "b", "c"]},
         ["data.class_names", "3 names", "2"],
     ),
-    "no query": (lambda p: None, {"query": 0}, ["data.query", "0 and 3"]),
+    "no query": (lambda p: None, {"query": -1}, ["data.query", "-1 and 3"]),
     "one to train on": (lambda p: None, {"train": 1}, ["data.train", "2 and 1"]),
     "too many": (lambda p: None, {"train": 6}, ["data.train", "2 and 6", "7 items"]),
     "rare words": (lambda p: None, {"min_count": 9}, ["data.min_count", "9"]),

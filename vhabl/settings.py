@@ -39,8 +39,10 @@ class DataConfig:
     caption_column: str = key("table: column of the caption", "caption")
     label_column: str = key("table: column of the names of an item's classes", "labels")
     separator: str = key("table: text between the names of classes in one cell", ";")
-    query: int = key("pairs, table: number of query items; items of one image stay together", 0)
-    train: int = key("pairs, table: number of training items", 0)
+    query: int = key(
+        "pairs, table: number of query items; 0 is a tenth. Items of one image stay together", 0
+    )
+    train: int = key("pairs, table: number of training items; 0 is all but the queries", 0)
     split_seed: int = key(
         "pairs, table: seed of the permutation that draws query and training items", 1
     )

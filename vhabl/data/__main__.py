@@ -8,7 +8,7 @@ import sys
 from vhabl import errors
 from vhabl.config import load_data_config
 from vhabl.data import items, load
-from vhabl.data.pairs import bad_images, describe_pairs, draw
+from vhabl.data.pairs import bad_images, describe_pairs, split
 from vhabl.errors import EXIT_USER_ERROR
 from vhabl.labels import describe, numbers
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
             print(fact)
     else:
         pairs = items(config)
-        sizes = [len(rows) for rows in draw(pairs.files, config)]
+        sizes = [len(rows) for rows in split(pairs, config)]
         for fact in describe_pairs(pairs):
             print(fact)
         problems = bad_images(pairs)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
 from vhabl.data.images import ImageFiles, Picture, open_image
-from vhabl.errors import VhablError, fail, plural
+from vhabl.errors import VhablError, fail, note, plural
 from vhabl.labels import as_labels, describe, numbers
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig, EncoderConfig
@@ -45,6 +45,7 @@ class Pairs:
     files: Sequence[Stored]
     labels: np.ndarray  # [N, C] uint8 in {0, 1}
     class_names: list[str]  # in label order; empty where the files do not name them
+    roles: Sequence[str] = ()  # train, query or database, where the files say which
 
 
 def read_pairs(path: Path, config: DataConfig) -> Pairs:
@@ -88,19 +89,40 @@ def _image_file(path: Path, root: str, name: str) -> Path:
     return whole if len(parts) > 1 and whole.is_file() else path / root / own.name
 
 
+def split(pairs: Pairs, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of the training, database and query items: as the files say, else drawn."""
+    if not pairs.roles:
+        return draw(pairs.files, config)
+    train, database, query = (
+        np.flatnonzero(np.array(pairs.roles) == role) for role in ("train", "database", "query")
+    )
+    if len(train) < 2 or len(query) < 1:
+        found = f"{plural(len(train), 'training row')} and {plural(len(query), 'query')}"
+        fail(f"{config.path}: column split", found, "at least 2 and 1")
+    learned = {pairs.files[row] for row in train.tolist()}
+    if shared := sum(pairs.files[row] in learned for row in query.tolist()):
+        note(f"{config.path}: the images of {plural(shared, 'query')} are trained on too")
+    if not len(database):
+        note(f"{config.path}: no row is of the database: the training items are")
+    return train, database if len(database) else train, query
+
+
 def draw(images: Sequence[object], config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers of the training, database and query items by a seeded permutation of their images, as
     the releases draw them (NumPy's legacy generator, queries first). Items of one image stay
     together, so that there may be a few more of each than was asked for.
 
-    The database is all but the query items; the training items are part of it. Raises VhablError
-    where there are too few items.
+    The database is all but the query items; the training items are part of it. Without numbers of
+    them a tenth are queries, and all others are trained on. Raises VhablError where there are too
+    few items.
     """
     items = len(images)
-    if config.query < 1 or config.train < 2 or config.query + config.train > items:
+    asked = config.query or max(1, round(items / 10))
+    wanted = config.train or items - asked
+    if asked < 1 or wanted < 2 or asked + wanted > items:
         fail(
             "keys data.query and data.train",
-            f"{config.query} and {config.train}",
+            f"{asked} and {wanted}",
             f"at least 1 and 2, together at most the {items} items",
         )
     rows: dict[object, list[int]] = {}
@@ -111,8 +133,8 @@ def draw(images: Sequence[object], config: DataConfig) -> tuple[np.ndarray, np.n
     items_of = [np.array(groups[group]) for group in order]
     ends = np.cumsum([len(some) for some in items_of])
     everything = np.concatenate(items_of)
-    query = int(ends[np.searchsorted(ends, config.query)])
-    train = int(ends[np.searchsorted(ends, min(query + config.train, items))])
+    query = int(ends[np.searchsorted(ends, asked)])
+    train = int(ends[np.searchsorted(ends, min(query + wanted, items))])
     if train == query:
         fail("key data.query", str(config.query), "fewer: one image has all other items")
     return everything[query:train], everything[query:], everything[:query]
@@ -134,7 +156,7 @@ def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Roles
     Raises VhablError where there are too few items, or an image that is read here is missing or
     damaged.
     """
-    rows = draw(pairs.files, config)
+    rows = split(pairs, config)
     ids = np.array(pairs.ids)
     image: np.ndarray | Rows
     text: np.ndarray | Rows

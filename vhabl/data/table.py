@@ -28,7 +28,8 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
 
     Labels are names: a list, or a text with `data.separator` between them; with
     `data.class_names` also a 0 or 1 for each class. Image paths are relative to `data.image_root`
-    in the table's folder. Raises VhablError naming the file and the row.
+    in the table's folder. A column `split` says what each row is for: train, query or database.
+    Raises VhablError naming the file and the row.
     """
     rows = list(_rows(path))
     for key in ("image_column", "caption_column", "label_column"):
@@ -62,7 +63,15 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
         captions.append(first)
         further.append(others)
         files.append(images[number])
-    return Pairs(ids, captions, further, files, matrix, list(names))
+    roles = [_role(path, number, rows[number]) for number in kept] if "split" in rows[0] else ()
+    return Pairs(ids, captions, further, files, matrix, list(names), roles)
+
+
+def _role(path: Path, number: int, row: dict[str, Any]) -> str:
+    role = str(row.get("split")).strip().lower()
+    if role not in ("train", "query", "database"):
+        fail(f"{path}: row {number + 1}: column split", _shown(role), "train, query or database")
+    return role
 
 
 def read_items(
