@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import base64
 import csv
+import io
 import json
 import math
 import re
@@ -230,17 +231,28 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
             return _parquet_rows(path)
         if ending not in (".csv", ".tsv", ".jsonl"):
             fail(path, f"a file name that ends with {ending!r}", f"a table: {kinds}")
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if ending == ".jsonl":
-                return [_json_row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
-            delimiter = "\t" if ending == ".tsv" else ","
-            rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
-    except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
+        file = io.StringIO(_text(path), newline="")
+        if ending == ".jsonl":
+            return [_json_row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
+        delimiter = "\t" if ending == ".tsv" else ","
+        rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
+    except (csv.Error, IsADirectoryError) as error:
         fail(path, f"content that cannot be read ({error})", f"a table: {kinds}")
+    if rows and delimiter == "," and len(rows[0]) == 1 and ";" in next(iter(rows[0])):
+        fail(f"{path}: line 1", "';' between the columns", "',': save it as CSV with commas")
     for number, row in enumerate(rows, 1):  # a comma without quotes moves all cells after it
         if None in row or None in row.values():
             fail(f"{path}: row {number}", "more or fewer cells than columns", "one cell a column")
     return rows
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        fail(f"{path}: line {line}", "bytes that are not UTF-8", "UTF-8: save it as CSV UTF-8")
 
 
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
