@@ -228,8 +228,11 @@ def load_weights(towers: nn.Module, model: str, weights: str) -> None:
         path = _download(model, weights)
     found, expected = read_state(path), towers.state_dict()
     if _NOT_WEIGHTS[0] in found and not any(isinstance(m, QuickMLP) for m in towers.modules()):
-        fail(path, "OpenAI's weights, which are for QuickGELU",
-             f"encoder.model={name_of(model)}-quickgelu")  # fmt: skip
+        described = model.endswith(".json") or model[:1] == "{"
+        quick = (
+            '"quick_gelu": true in its JSON' if described else f"encoder.model={model}-quickgelu"
+        )
+        fail(path, "OpenAI's weights, which are for QuickGELU", quick)
     state = _of_towers(found)
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
