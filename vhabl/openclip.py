@@ -229,9 +229,8 @@ def load_weights(towers: nn.Module, model: str, weights: str) -> None:
     found, expected = read_state(path), towers.state_dict()
     if _NOT_WEIGHTS[0] in found and not any(isinstance(m, QuickMLP) for m in towers.modules()):
         described = model.endswith(".json") or model[:1] == "{"
-        quick = (
-            '"quick_gelu": true in its JSON' if described else f"encoder.model={model}-quickgelu"
-        )
+        name = f"encoder.model={model}-quickgelu"
+        quick = '"quick_gelu": true in its JSON' if described else name
         fail(path, "OpenAI's weights, which are for QuickGELU", quick)
     state = _of_towers(found)
     for name, tensor in state.items():
