@@ -158,7 +158,7 @@ class Requests:
 
     def __init__(self, info: dict, ids: Sequence[str]) -> None:
         self.info, self.ids = info, ids
-        self.words = ["red fruit", "a happy face", "flag", "animal", "häuser 🏠", "rain " * 40]
+        self.words = ["red fruit", "a happy face", "flag", "dog", "車 house 🏠", "rain " * 40]
 
     def draw(self, draw: random.Random) -> Asked:
         kinds: list[tuple[Callable[[random.Random], Asked], int]] = [

@@ -120,7 +120,7 @@ def ask(index: Index, given: argparse.Namespace) -> None:
         given.text, given.image, given.top, given.bits, given.mode, given.where, given.against,
         given.like,
     )  # fmt: skip
-    unknown = index.model.unknown_words(given.text) if given.text else []
+    unknown = index.model.unknown_words(given.text) if given.text and not given.image else []
     if unknown:
         errors.note(f"the model does not know {', '.join(dict.fromkeys(unknown))}")
     if given.json:

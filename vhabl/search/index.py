@@ -208,8 +208,8 @@ class Index:
         """The view of a query's code, and its codes. Raises VhablError where it has none."""
         if text is None and image is None:
             fail("query", "neither a text nor an image", "one of them, or both")
-        if text is not None:
-            self.model.unknown_words(text)
+        if text is not None and image is None:
+            self.model.unknown_words(text)  # raises where it knows none
         asked = self._encode(
             images=None if image is None else [image], texts=None if text is None else [text]
         )
