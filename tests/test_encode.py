@@ -180,7 +180,7 @@ def test_what_cannot_be_encoded_is_said(model: encode.Model, folder: Path) -> No
         ({"texts": [], "bits": 9}, "key bits: found 9; expected a code length that the model"),
         ({"texts": "a red car"}, "texts: found a str; expected a sequence"),
         ({"images": np.zeros((2, 3))}, "images: found a ndarray; expected a sequence"),
-        ({"texts": ["a", None]}, "texts: found a NoneType as number 2; expected str"),
+        ({"texts": ["a", None]}, "texts: found None as number 2; expected a text of each"),
         ({"texts": [b"a"]}, "texts: found a bytes as number 1; expected str"),
         ({"texts": 3}, "texts: found a int; expected a sequence"),
         ({"images": [3]}, "images: found a int as number 1; expected str or Path or "),
@@ -189,6 +189,26 @@ def test_what_cannot_be_encoded_is_said(model: encode.Model, folder: Path) -> No
     ):
         with pytest.raises(VhablError, match=message):
             model.encode(**given)
+
+
+def test_an_item_without_a_text_has_the_code_of_its_image_alone(
+    model: encode.Model, folder: Path
+) -> None:
+    files = [folder / "images" / f"{n}.png" for n in range(8)]
+    texts = ["red", None, "", None, "blue", "red", None, ""]
+    found = model.features(files, texts)["fused"]
+    alone = model.features(files)["fused"]
+    paired = model.features(files, [text or "" for text in texts])["fused"]
+    assert not np.allclose(alone, paired, atol=0.01)
+    for row, text in enumerate(texts):
+        expected = alone if text is None else paired
+        np.testing.assert_allclose(found[row], expected[row], atol=1e-5)
+    lines = [json.dumps({"image": f"{n}.png", "caption": text}) for n, text in enumerate(texts)]
+    (folder / "t.jsonl").write_text("\n".join(lines))
+    assert run("--checkpoint", "run", "--table", folder / "t.jsonl", "--out", "c.npz") == 0
+    assert np.array_equal(
+        codes.unpack(np.load("c.npz")["fused"], 16), model.encode(files, texts)["fused"]
+    )
 
 
 def test_texts_that_are_cut_are_counted(

@@ -155,6 +155,8 @@ def test_answers_are_those_of_the_index(base: str, index: Index) -> None:
             (h.caption, h.labels) for h in hits
         ]
         assert all(h["picture"] and "image" not in h and str(h["id"]) for h in found["hits"])
+        assert found["unknown"] == []
+    assert get(base, "/api/search", text="a red zyzzyva")["unknown"] == ["zyzzyva"]
 
 
 def test_matches_are_marked_where_labels_are_known(base: str, index: Index) -> None:
@@ -494,8 +496,18 @@ def test_a_search_by_text_and_its_link(tab: Any, base: str, index: Index) -> Non
     tab.wait_for_url("**where=**")
     answered(tab)
     until(tab, "document.querySelectorAll('.card').length !== 20")
+    assert "does not know" not in tab.inner_text("#status")
     tab.go_back()
     until(tab, "document.querySelectorAll('.card').length === 20")
+
+
+@pytest.mark.e2e
+def test_words_that_the_model_does_not_know_are_said(tab: Any, base: str) -> None:
+    tab.goto(base)
+    tab.fill("#text", "a red zyzzyva")
+    tab.press("#text", "Enter")
+    until(tab, "document.getElementById('status').textContent"
+                          ".includes('The model does not know: zyzzyva.')")  # fmt: skip
 
 
 @pytest.mark.e2e

@@ -622,6 +622,23 @@ def test_validation_queries_come_from_the_training_items(tmp_path: Path) -> None
     assert again.query.ids.tolist() == found.query.ids.tolist()
 
 
+def test_validation_queries_share_no_image_with_the_training_items(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p")
+    rows = [{**TABLE[n % 3], "caption": f"red {n}", "labels": "odd"} for n in range(12)]
+    rows[0]["image"] = "a#1.png"  # a name of its own, no second row of a
+    (folder / "images" / "a#1.png").write_bytes((folder / "images" / "0.png").read_bytes())
+    path = write_table(folder, "jsonl", rows)
+    data = load(table_config(path=str(path), query=1, train=11))
+    assert len(data.train) in (8, 9, 11)  # without the one, three or four rows of an image
+    for seed in range(5):
+        found = validation_split(data, 0.3, seed)
+        assert len(found.query) + len(found.train) == len(data.train)
+        images = [
+            {i.split("g#")[0] for i in role.ids.tolist()} for role in (found.query, found.train)
+        ]
+        assert not images[0] & images[1], images
+
+
 # Image-text pairs
 
 CAPTIONS = ["red dog", "red cat", "blue dog", "blue bird", "red bird", "green cat", "odd one"]
@@ -1203,7 +1220,7 @@ def test_cells_of_a_table(tmp_path: Path, kind: str, capsys: pytest.CaptureFixtu
     assert pairs.captions[1] == 'two\nlines, "quoted"' and pairs.captions[4] == CAPTIONS[5]
     assert pairs.files[3] == folder / "images" / "3.png"
     told = capsys.readouterr().err
-    assert told == f"note: {path}: 1 row without a label: no part in training and evaluation\n"
+    assert told == f"note: {path}: 1 row without a label: not trained on or evaluated\n"
     ordered = read_table(path, table_config(class_names=["odd", "even", "third"]))
     assert ordered.labels.shape == (6, 3) and ordered.labels[0].tolist() == [1, 1, 0]
 
@@ -1285,13 +1302,23 @@ def test_a_cell_that_holds_no_names_is_refused(tmp_path: Path, kind: str, cell: 
     assert len(str(caught.value).removeprefix(str(tmp_path))) < 250
 
 
-def test_captions_are_texts_or_lists_of_them(tmp_path: Path) -> None:
+def test_captions_are_texts_or_lists_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_pairs(tmp_path / "p")
     cells = ["['a dog', 'two dogs']", "[2019] a dog", '["one"]', "[]", "[1, 2]"]
     rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate(cells)]
     pairs = read_table(write_table(folder, "csv", rows), table_config())
     assert pairs.captions == ["a dog", "[2019] a dog", "one", "[]", "[1, 2]"]
     assert pairs.further == [["two dogs"], [], [], [], []]
+    cells = [None, "", [None], [None, "a dog"], []]
+    rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate([*cells, float("nan")])]
+    path = write_table(folder, "jsonl", rows)
+    pairs = read_table(path, table_config())
+    assert pairs.ids == ["1.png", "3.png"] and pairs.captions == ["", "a dog"]
+    assert "4 rows without a caption: not trained on or evaluated" in capsys.readouterr().err
+    everything = collection(table_config(path=str(path)), EncoderConfig())
+    assert everything.texts == [None, "", None, "a dog", None, None]
     for cell in ({"raw": "a dog"}, [{"en": "a dog"}], '{"raw": "a dog"}', True, [["a"]], 3):
         rows[1]["caption"] = cell
         path = write_table(folder, "jsonl", rows)

@@ -24,6 +24,7 @@ import argparse
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ from vhabl.types import Embedded, Rows, Split, Stored
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif"}
 
 Images = Sequence[str | Picture] | np.ndarray | Rows
-Texts = Sequence[str] | np.ndarray
+Texts = Sequence[str | None] | np.ndarray  # None: the item has an image alone
 # Ids, and images and texts in their order; None for what the items do not have.
 Items = tuple[list[str], Sequence[Stored] | np.ndarray | Rows | None, Texts | None]
 
@@ -79,9 +80,10 @@ class Model:
 
         images: files or pictures, or the pixels of a data set; texts: strings. For a model of
         features both are features [N, d]; for one of pictures in arrays its texts are. A fused
-        method takes them as pairs. bits: the longest length by default. Raises VhablError for a
-        picture that cannot be read, for a length or a modality that the model does not serve, and
-        for numbers of images and texts that do not pair.
+        method takes them as pairs; None as a text is an item that has an image alone. bits: the
+        longest length by default. Raises VhablError for a picture that cannot be read, for a length
+        or a modality that the model does not serve, and for numbers of images and texts that do not
+        pair.
         """
         return self._run(images, texts, bits, progress_bar, encode)
 
@@ -140,11 +142,20 @@ class Model:
         self.method.check_length(bits)
         image = None if images is None else self._image(images)
         text, cut = (None, 0) if texts is None else self._text(texts)
+        no_text = np.array([t is None for t in (texts if texts is not None else [])], bool)
         if image is not None and text is not None and self.method.task == "fused":
             if len(image) != len(text):
                 found = f"{plural(len(image), 'image')} and {plural(len(text), 'text')}"
                 fail("images and texts", found, "as many of each: they are pairs")
-            return self._codes(image, text, bits, "", progress_bar, run), cut
+            codes = self._codes(image, text, bits, "", progress_bar, run)
+            if no_text.any():
+                rows = np.flatnonzero(no_text)
+                alone = image.take(rows) if isinstance(image, Rows) else image[rows]
+                own = self._codes(alone, _nothing(len(rows)), bits, "image", progress_bar, run)
+                codes["fused"][rows] = own["fused"]
+            return codes, cut
+        if no_text.any():
+            fail("texts", f"None as number {no_text.argmax() + 1}", "a text of each item")
         result: dict[str, np.ndarray] = {}
         if image is not None:
             result |= self._codes(image, _nothing(len(image)), bits, "image", progress_bar, run)
@@ -189,9 +200,10 @@ class Model:
         if not config.has_files:
             return _features("texts", texts, self.method.spec.text_dim), 0
         _refuse_features("texts", texts)
+        listed = [text or "" for text in texts]
         if encoder.name != "clip":
-            return bag_of_words(list(texts), self.method.spec.vocabulary), 0
-        return openclip.tokenise(list(texts), encoder.words)
+            return bag_of_words(listed, self.method.spec.vocabulary), 0
+        return openclip.tokenise(listed, encoder.words)
 
 
 def _nothing(count: int) -> np.ndarray:
@@ -210,13 +222,13 @@ def _features(what: str, given: Any, width: int) -> np.ndarray:
 
 
 def _refuse_features(what: str, given: Any) -> None:
-    known = (str, Path, Embedded, Image.Image) if what == "images" else (str,)
+    known = (str, Path, Embedded, Image.Image) if what == "images" else (str, NoneType)
     if isinstance(given, str | bytes | np.ndarray) or not isinstance(given, Sequence):
         fail(what, f"a {type(given).__name__}", "a sequence of files or strings")
     for number, item in enumerate(given):
         if not isinstance(item, known):
             found = f"a {type(item).__name__} as number {number + 1}"
-            fail(what, found, " or ".join(kind.__name__ for kind in known))
+            fail(what, found, " or ".join(kind.__name__ for kind in known if kind != NoneType))
 
 
 def image_files(folder: Path) -> list[Path]:

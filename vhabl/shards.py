@@ -89,7 +89,7 @@ def signature(
     made_with: Iterable[str],
     ids: Sequence[str],
     images: Sequence[Stored] | np.ndarray | Rows | None,
-    texts: Sequence[str] | np.ndarray | None,
+    texts: Sequence[str | None] | np.ndarray | None,
 ) -> str:
     """A short digest of what decides the codes of items: made_with, ids, texts and features as they
     are, and for each picture its path, size and time of change, as reading it takes long.
@@ -109,7 +109,7 @@ def signature(
         listed = None if values is None else list(values)
         add(b"none" if listed is None else f"{len(listed)} values".encode())
         for value in listed or ():
-            add(str(value).encode("utf-8", "surrogatepass"))
+            add(b"\xff" if value is None else str(value).encode("utf-8", "surrogatepass"))
             if isinstance(value, Embedded):
                 add(value.content)
             if isinstance(value, Path) and value.is_file():  # else it is said when it is read

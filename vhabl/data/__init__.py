@@ -11,8 +11,8 @@ import numpy as np
 from vhabl.data.features import load_features
 from vhabl.data.images import ImageFiles, rows_in_order
 from vhabl.data.npy import load_arrays
-from vhabl.data.pairs import Pairs, Roles, read_pairs, to_splits
-from vhabl.data.table import read_table
+from vhabl.data.pairs import Pairs, Roles, drawn_together, read_pairs, to_splits
+from vhabl.data.table import image_of, read_table
 from vhabl.errors import VhablError, fail, plural
 from vhabl.files import locate
 from vhabl.labels import numbers
@@ -96,13 +96,14 @@ def items(config: DataConfig, unlabelled: bool = False) -> Pairs:
 class Collection:
     """The items of a data set that a search would find, as `vhabl.Model.encode` takes them.
 
-    images: files, features [N, d], or pictures of arrays; texts: captions, or features [N, d];
-    labels: [N, C] uint8; class_names: C names, or numbers where the classes have none.
+    images: files, features [N, d], or pictures of arrays; texts: captions (None where an item has
+    none), or features [N, d]; labels: [N, C] uint8; class_names: C names, or numbers where the
+    classes have none.
     """
 
     ids: list[str]
     images: Sequence[Stored] | np.ndarray | Rows
-    texts: Sequence[str] | np.ndarray
+    texts: Sequence[str | None] | np.ndarray
     labels: np.ndarray
     class_names: list[str]
 
@@ -115,7 +116,8 @@ def collection(config: DataConfig, encoder: EncoderConfig) -> Collection:
     if config.has_files:
         pairs = items(config, unlabelled=True)
         names = pairs.class_names or numbers(pairs.labels)
-        return Collection(pairs.ids, pairs.files, pairs.captions, pairs.labels, list(names))
+        texts = [None if n in pairs.no_text else text for n, text in enumerate(pairs.captions)]
+        return Collection(pairs.ids, pairs.files, texts, pairs.labels, list(names))
     data = load(config, encoder)
     found = data.database
     if found.text_labels is not None:
@@ -189,10 +191,12 @@ def describe(data: Dataset) -> str:
 
 def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     """The training items alone as a data set: a seeded share as queries, the others as both the
-    training set and the database. Model selection sees nothing else.
+    training set and the database. Items of one image stay together. Model selection sees nothing
+    else.
     """
-    order = np.random.default_rng(seed).permutation(len(dataset.train))
-    queries = max(1, round(fraction * len(order)))
+    images = [image_of(identity) for identity in dataset.train.ids.tolist()]
+    order, ends = drawn_together(images, np.random.default_rng(seed))
+    queries = ends[np.searchsorted(ends, max(1, round(fraction * len(order))))]
     query = dataset.train.take(np.sort(order[:queries]))
     rest = dataset.train.take(np.sort(order[queries:]))
     return replace(dataset, train=rest, database=rest, query=query)

@@ -46,6 +46,7 @@ class Pairs:
     labels: np.ndarray  # [N, C] uint8 in {0, 1}
     class_names: list[str]  # in label order; empty where the files do not name them
     roles: Sequence[str] = ()  # train, query or database, where the files say which
+    no_text: frozenset[int] = frozenset()  # items without a caption: "" stands for it
 
 
 def read_pairs(path: Path, config: DataConfig) -> Pairs:
@@ -125,19 +126,26 @@ def draw(images: Sequence[object], config: DataConfig) -> tuple[np.ndarray, np.n
             f"{asked} and {wanted}",
             f"at least 1 and 2, together at most the {items} items",
         )
-    rows: dict[object, list[int]] = {}
-    for row, image in enumerate(images):
-        rows.setdefault(image, []).append(row)
-    groups = list(rows.values())
-    order = np.random.RandomState(config.split_seed).permutation(len(groups))
-    items_of = [np.array(groups[group]) for group in order]
-    ends = np.cumsum([len(some) for some in items_of])
-    everything = np.concatenate(items_of)
+    everything, ends = drawn_together(images, np.random.RandomState(config.split_seed))
     query = int(ends[np.searchsorted(ends, asked)])
     train = int(ends[np.searchsorted(ends, min(query + wanted, items))])
     if train == query:
         fail("key data.query", str(config.query), "fewer: one image has all other items")
     return everything[query:train], everything[query:], everything[:query]
+
+
+def drawn_together(
+    images: Sequence[object], generator: np.random.RandomState | np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of all items in the order of a permutation of their images, and where the items of
+    each image end.
+    """
+    rows: dict[object, list[int]] = {}
+    for row, image in enumerate(images):
+        rows.setdefault(image, []).append(row)
+    groups = [np.array(own) for own in rows.values()]
+    drawn = [groups[number] for number in generator.permutation(len(groups))]
+    return np.concatenate(drawn), np.cumsum([len(own) for own in drawn])
 
 
 @dataclass(frozen=True)

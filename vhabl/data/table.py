@@ -24,8 +24,8 @@ from vhabl.types import Embedded, Stored
 
 
 def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pairs:
-    """Read a table. Rows without a label take no part, and a note says how many there are; with
-    `unlabelled` they do, and there need be no labels at all.
+    """Read a table. Rows without a label or a caption take no part, and a note says how many there
+    are; with `unlabelled` they do, and there need be no labels at all.
 
     Labels are names: a list, or a text with `data.separator` between them; with
     `data.class_names` also a 0 or 1 for each class. Image paths are relative to `data.image_root`
@@ -41,12 +41,19 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
             known = ", ".join(rows[0])
             fail(f"{path}: row 1", f"columns {known}", f"{column!r} (key data.{key})")
     labels = _labels(path, rows, config)
-    kept = [number for number, own in enumerate(labels) if own or unlabelled]
-    if not kept:
+    texts = [_captions(path, number, row, config) for number, row in enumerate(rows)]
+    labelled = [number for number, own in enumerate(labels) if own or unlabelled]
+    if not labelled:
         fail(f"{path}: column {config.label_column}", "no label in any row", "names of classes")
-    if len(kept) < len(rows):
-        left_out = plural(len(rows) - len(kept), "row")
-        note(f"{path}: {left_out} without a label: no part in training and evaluation")
+    kept = [number for number in labelled if texts[number] != [None] or unlabelled]
+    if not kept:
+        fail(f"{path}: column {config.caption_column}", "no caption in any row", "texts")
+    for what, count in (
+        ("label", len(rows) - len(labelled)),
+        ("caption", len(labelled) - len(kept)),
+    ):
+        if count:
+            note(f"{path}: {plural(count, 'row')} without a {what}: not trained on or evaluated")
     names = config.class_names or sorted({name for number in kept for name in labels[number]})
     place = {name: i for i, name in enumerate(names)}
     matrix = np.zeros((len(kept), len(names)), np.uint8)
@@ -59,13 +66,14 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
             if name not in place:
                 fail(where, f"label {name!r}", "one of data.class_names")
             matrix[item, place[name]] = 1
-        first, *others = _captions(path, number, rows[number], config)
+        first, *others = texts[number]
         ids.append(every_id[number])
-        captions.append(first)
-        further.append(others)
+        captions.append(first or "")
+        further.append([text for text in others if text is not None])
         files.append(images[number])
     roles = [_role(path, number, rows[number]) for number in kept] if "split" in rows[0] else ()
-    return Pairs(ids, captions, further, files, matrix, list(names), roles)
+    no_text = frozenset(item for item, number in enumerate(kept) if texts[number] == [None])
+    return Pairs(ids, captions, further, files, matrix, list(names), roles, no_text)
 
 
 def _role(path: Path, number: int, row: dict[str, Any]) -> str:
@@ -77,9 +85,10 @@ def _role(path: Path, number: int, row: dict[str, Any]) -> str:
 
 def read_items(
     path: Path, config: DataConfig
-) -> tuple[list[str], list[Stored] | None, list[str] | None, list[list[str]]]:
-    """Ids, image files, captions and names of the classes of all rows; None for the images or
-    captions of a table without that column. Raises VhablError naming the file and the row.
+) -> tuple[list[str], list[Stored] | None, list[str | None] | None, list[list[str]]]:
+    """Ids, image files, captions and names of the classes of all rows; None for the caption of a
+    row that has none, and for the images or captions of a table without that column. Raises
+    VhablError naming the file and the row.
     """
     if not path.exists():
         fail(path, "no such file", "a .csv, .tsv, .jsonl or .parquet table")
@@ -106,6 +115,11 @@ def _ids(images: Sequence[str]) -> list[str]:
     """Names of images as ids. A name that was there before takes the row's number: a.png#7."""
     first = {name: row for row, name in reversed(list(enumerate(images, 1)))}
     return [name if first[name] == row else f"{name}#{row}" for row, name in enumerate(images, 1)]
+
+
+def image_of(identity: str) -> str:
+    """The name of the image that an id of a table means: a.png of a.png#7."""
+    return re.sub(r"#\d+$", "", identity)
 
 
 def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> Stored:
@@ -165,19 +179,23 @@ def _list(cell: str) -> list[Any] | None:
         return list(ast.literal_eval(cell.strip()))
 
 
-def _captions(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> list[str]:
-    """The captions of a row, at least one (an empty one where there is none)."""
+def _captions(
+    path: Path, number: int, row: dict[str, Any], config: DataConfig
+) -> list[str] | list[None]:
+    """The captions of a row: one or more, or [None] for null. An empty text is a caption."""
     cell = row.get(config.caption_column)
     listed = cell if isinstance(cell, list) else _list(cell) if isinstance(cell, str) else None
     if not listed or (cell is not listed and not all(isinstance(c, str) for c in listed)):
-        listed = [cell] if cell != [] else [""]
+        listed = [cell] if cell != [] else []
     texts = []
     for text in listed:
-        if not _is_missing(text) and (not isinstance(text, str) or text.startswith(("{'", '{"'))):
+        if text != "" and _is_missing(text):
+            continue
+        if not isinstance(text, str) or text.startswith(("{'", '{"')):
             where = f"{path}: row {number + 1}: column {config.caption_column}"
             fail(where, _shown(cell), 'a text, or a list of texts such as ["a dog", "two dogs"]')
-        texts.append("" if _is_missing(text) else text)
-    return texts
+        texts.append(text)
+    return texts or [None]
 
 
 def _labels(path: Path, rows: Sequence[dict[str, Any]], config: DataConfig) -> list[list[str]]:

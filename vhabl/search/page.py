@@ -125,7 +125,7 @@ class Page:
         with self._turn():
             bits = self.index.check(top, bits, mode)
             wanted = {expect} if expect else set()
-            features = None
+            features, unknown = None, list[str]()
             if like is not None:
                 view = self.index.view("", against)
                 item, codes = self.index.engine.item(like)
@@ -134,6 +134,8 @@ class Page:
                 view, packed = self.index.view(own, against), self._code(code)
             else:
                 own, asked = self.index.encode_query(text or None, image)
+                if text and image is None:
+                    unknown = self.index.model.unknown_words(text)
                 view = self.index.view(own, against)
                 packed, features = asked.codes[own], asked.features.get(own)
             hits = self.index.find(view, packed, top, bits, mode, where, features)[0]
@@ -148,6 +150,7 @@ class Page:
             "against": view,
             "bits": bits,
             "mode": mode,
+            "unknown": unknown,
             "seconds": time.perf_counter() - started,
             "hits": [self._shown(hit, wanted) for hit in hits],
         }

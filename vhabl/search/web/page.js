@@ -193,6 +193,9 @@ function show(found) {
     ? `${plural(found.hits.length, "item")} in ${(1000 * found.seconds).toFixed(0)} ms` +
       (marked ? `, ${right} of them match. ` : ". ")
     : "No item passes the filter. ";
+  if (found.unknown.length) {
+    status.textContent += `The model does not know: ${found.unknown.join(", ")}. `;
+  }
   const link = element("a", "", "Link to this search");
   link.href = location.href;
   link.id = "link";
