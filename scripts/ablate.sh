@@ -11,7 +11,7 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     exit 0
 fi
 if [[ $# -eq 0 || ! -f configs/$1.yaml || $1 == published ]]; then
-    echo "error: argument ${1:-METHOD}: found no such method; expected a recipe in configs/" >&2
+    echo "error: ${1:-METHOD}: no such method. Name a recipe in configs/" >&2
     exit 2
 fi
 method=$1

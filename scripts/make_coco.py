@@ -63,11 +63,9 @@ def read(source: Path, year: int | None = None, one_caption: bool = False) -> Ma
     for part in (f"{name}{year}" for name in PARTS):
         names, images, owned = read_instances(folder / f"instances_{part}.json")
         if class_names and names != class_names:
-            errors.fail(
-                folder / f"instances_{part}.json",
-                "other categories than train has",
-                "the same in both parts",
-            )
+            what = "its categories differ from those of train"
+            do = "Take both parts from one download"
+            errors.fail(folder / f"instances_{part}.json", what, do)
         class_names = names
         check_images(source / part, images)
         texts = read_captions(folder / f"captions_{part}.json", images)
@@ -97,13 +95,12 @@ def find_year(folder: Path) -> int:
         if any((folder / f"{kind}_{part}{year}.json").exists() for kind in KINDS for part in PARTS)
     ]
     if not years:
-        errors.fail(
-            folder,
-            "no instances_*.json or captions_*.json",
-            "annotations_trainval2014.zip or annotations_trainval2017.zip, unpacked",
-        )
+        do = "Unpack annotations_trainval2014.zip or annotations_trainval2017.zip there"
+        errors.fail(folder, "no instances_*.json or captions_*.json in it", do)
     if len(years) > 1:
-        errors.fail(folder, "annotations of 2014 and 2017", "one of them; choose a --year")
+        errors.fail(
+            folder, "it holds annotations of 2014 and of 2017", "Choose one of them with --year"
+        )
     return years[0]
 
 
@@ -117,11 +114,12 @@ def read_instances(path: Path) -> tuple[dict[int, str], dict[int, str], dict[int
     owned: dict[int, set[int]] = {}
     for image, category in annotations:
         if image not in file_names:
-            errors.fail(f"{path}: annotations", f"image_id {image}", "the id of one of its images")
+            do = "Take the whole file of the official download"
+            errors.fail(f"{path}: annotations", f"image_id {image} is none of its images", do)
         if category not in names:
-            errors.fail(
-                f"{path}: annotations", f"category_id {category}", "the id of one of its categories"
-            )
+            what = f"category_id {category} is none of its categories"
+            do = "Take the whole file of the official download"
+            errors.fail(f"{path}: annotations", what, do)
         owned.setdefault(image, set()).add(category)
     return dict(sorted(names.items())), file_names, owned
 
@@ -135,9 +133,9 @@ def read_captions(path: Path, images: dict[int, str]) -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
     for _, image, caption in sorted(annotations):
         if image not in images:
-            errors.fail(
-                f"{path}: annotations", f"image_id {image}", "the id of an image of the instances"
-            )
+            what = f"image_id {image} is no image of the instances"
+            do = "Take the whole file of the official download"
+            errors.fail(f"{path}: annotations", what, do)
         if words := caption.split():
             captions.setdefault(image, []).append(" ".join(words))
     return captions
@@ -153,19 +151,24 @@ def load(path: Path, layout: Layout) -> list[list[tuple[Any, ...]]]:
         with path.open(encoding="utf-8") as file:
             content = json.load(file, object_hook=_without_outlines)
     except (ValueError, RecursionError) as error:
-        errors.fail(path, f"damaged JSON ({error})", "the whole file of the official download")
+        errors.fail(
+            path, f"the JSON is damaged ({error})", "Take the whole file of the official download"
+        )
     result = []
     for key, fields in layout.items():
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            errors.fail(f"{path}: {key}", "no list", "a list, as the official file has")
+            errors.fail(
+                f"{path}: {key}", "it is no list", "Take the whole file of the official download"
+            )
         for number, entry in enumerate(entries):
             values = entry if isinstance(entry, dict) else {}
             if any(type(values.get(name)) is not kind for name, kind in fields.items()):
                 expected = " and ".join(
                     f"{name} ({kind.__name__})" for name, kind in fields.items()
                 )
-                errors.fail(f"{path}: {key}[{number}]", "other fields", expected)
+                do = "Take the whole file of the official download"
+                errors.fail(f"{path}: {key}[{number}]", f"its fields are not {expected}", do)
         result.append([tuple(entry[name] for name in fields) for entry in entries])
     return result
 
@@ -180,7 +183,8 @@ def unique(path: Path, key: str, entries: list[tuple[int, str]]) -> dict[int, st
     result: dict[int, str] = {}
     for number, name in entries:
         if number in result:
-            errors.fail(f"{path}: {key}", f"two entries of id {number}", "different ids")
+            do = "Take the whole file of the official download"
+            errors.fail(f"{path}: {key}", f"two entries have the id {number}", do)
         result[number] = name
     return result
 

@@ -55,7 +55,7 @@ def read(source: Path, selection: str = "tags", classes: int = 21) -> Made:
     Raises VhablError where a part of the download is missing or damaged, or the parts disagree.
     """
     if not 1 <= classes <= CONCEPTS:
-        errors.fail("--classes", str(classes), f"1 to {CONCEPTS}")
+        errors.bad_value("--classes", classes, f"from 1 to {CONCEPTS}")
     index = read_index(source)
     names, labels = read_labels(source, len(index), classes)
     tag_folder = source / "NUS_WID_Tags"
@@ -97,11 +97,8 @@ def read_labels(source: Path, items: int, classes: int) -> tuple[list[str], np.n
     folder = makers.find(places, "Groundtruth.zip")
     files = {path.stem.removeprefix("Labels_"): path for path in folder.glob("Labels_*.txt")}
     if len(files) != CONCEPTS:
-        errors.fail(
-            folder,
-            errors.plural(len(files), "file") + " Labels_*.txt",
-            f"{CONCEPTS}, as in Groundtruth.zip",
-        )
+        do = f"Unpack all {CONCEPTS} of Groundtruth.zip there"
+        errors.fail(folder, errors.plural(len(files), "file") + " Labels_*.txt", do)
     columns = {name: read_column(files[name], items) for name in sorted(files)}
     frequent = sorted(columns, key=lambda name: (-np.count_nonzero(columns[name]), name))
     names = sorted(frequent[:classes])
@@ -112,7 +109,8 @@ def read_column(path: Path, items: int) -> np.ndarray:
     """Who belongs to a concept: bool [items]. Raises VhablError where the file is another."""
     lines = makers.read_lines(path, "0 or 1 on each line", "[01]")
     if len(lines) != items:
-        errors.fail(path, f"{len(lines):,} lines", f"{items:,}, as Imagelist.txt has")
+        do = "Take both from one download"
+        errors.fail(path, f"{len(lines):,} lines for {items:,} of Imagelist.txt", do)
     return np.array(lines) == "1"
 
 
@@ -128,18 +126,18 @@ def read_tags(path: Path, items: int, width: int) -> Iterator[np.ndarray]:
             if not fields:
                 continue  # blank lines at the end; one within shows in the number of rows
             if len(fields) != width:
-                errors.fail(
-                    f"{path}: line {number}",
-                    f"{len(fields):,} numbers",
-                    f"{width:,}, as TagList1k.txt has lines",
-                )
+                what = f"{len(fields):,} numbers for {width:,} lines of TagList1k.txt"
+                errors.fail(f"{path}: line {number}", what, "Take both from one download")
             bad = set(fields).difference(BITS)
             if bad:
-                errors.fail(f"{path}: line {number}", repr(min(bad))[1:], "0 or 1")
+                what = f"{repr(min(bad))[1:]}, where only 0 and 1 can be"
+                do = "Take the whole file of the official download"
+                errors.fail(f"{path}: line {number}", what, do)
             rows += 1
             yield np.flatnonzero(np.frombuffer(b"".join(fields), np.uint8) == ord("1"))
     if rows != items:
-        errors.fail(path, f"{rows:,} rows", f"{items:,}, as Imagelist.txt has lines")
+        do = "Take both from one download"
+        errors.fail(path, f"{rows:,} rows for {items:,} lines of Imagelist.txt", do)
 
 
 def find_images(source: Path, index: list[str]) -> list[Path]:

@@ -110,19 +110,20 @@ def _check(options: argparse.Namespace) -> None:
     found = f"--features {options.features}" if options.features else "no --features"
     for name, kinds in USED_BY.items():
         if getattr(options, name) is not None and options.features not in kinds:
-            fail(f"--{name}", found, f"--features {' or '.join(kinds)}")
+            do = f"Add --features {' or '.join(kinds)}"
+            fail(f"--{name}", f"it means nothing with {found}", do)
     if not options.features:
         return
     options.device = pick_device(options.device or "auto")
     folder = _folder(options)
     if folder.exists() and not folder.is_dir():
-        fail(folder, "a file", "a folder or nothing")
+        fail(folder, "it is a file", "Move it, or choose another --out")
     for name in (FILE, WORDS) if options.features == "cnn" else (FILE,):
         path = folder / name
         if path.is_dir():
-            fail(path, "a folder", "a file or nothing")
+            fail(path, "it is a folder", "Move it, or choose another --out")
         if path.exists() and not options.force:
-            fail(path, "a file", "none; --force replaces it")
+            fail(path, "it exists already", "--force replaces it")
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -308,11 +309,8 @@ def frequent_words(captions: Iterable[list[str]], min_count: int) -> list[str]:
     counts = Counter(word for own in captions for caption in own for word in set(words(caption)))
     result = sorted(word for word, count in counts.items() if count >= min_count)
     if not result:
-        fail(
-            "captions of the training items",
-            f"no word that {min_count} of them have",
-            "more training items (--train)",
-        )
+        do = "Take more training items (--train)"
+        fail("captions of the training items", f"no word is in {min_count} of them", do)
     return result
 
 

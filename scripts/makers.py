@@ -53,7 +53,7 @@ def parse(arguments: argparse.ArgumentParser, given: list[str]) -> argparse.Name
     options = arguments.parse_args(given)
     options.source, options.out = options.source.resolve(), options.out.resolve()
     if not options.source.is_dir():
-        fail(options.source, "no such folder", "the folder of the unpacked download")
+        fail(options.source, "no such folder", "Give the folder of the unpacked download")
     check_out(options.out, options.force)  # reading takes minutes: refuse before it
     return options
 
@@ -64,18 +64,14 @@ def check_out(out: Path, force: bool) -> None:
     Even force replaces files of a maker only: they can be made again, others perhaps not.
     """
     if out.exists() and not out.is_dir():
-        fail(out, "a file", "a folder or nothing")
+        fail(out, "it is a file", "Give a folder as --out")
     content = sorted(out.iterdir()) if out.exists() else []
     foreign = [path.name for path in content if not _is_written(path)]
     if foreign:
         others = f" and {plural(len(foreign) - 1, 'other')}" if foreign[1:] else ""
-        fail(
-            out,
-            f"{foreign[0]}{others}, which no maker wrote",
-            "no other files; choose another --out",
-        )
+        fail(out, f"it holds {foreign[0]}{others}, which no maker wrote", "Choose another --out")
     if content and not force:
-        fail(out, "what a maker wrote before", "an empty folder or none; --force replaces it")
+        fail(out, "it was made before", "--force replaces it")
 
 
 def _is_written(path: Path) -> bool:
@@ -91,7 +87,7 @@ def find(places: list[Path], download: str) -> Path:
             return place
     first, *others = dict.fromkeys(places)
     nor = "".join(f", nor {place}" for place in others)
-    fail(first, f"no such file or folder{nor}", f"this part of {download}, unpacked")
+    fail(first, f"no such file or folder{nor}", f"Unpack this part of {download}")
 
 
 def read_lines(path: Path, content: str, pattern: str = ".*") -> list[str]:
@@ -103,9 +99,9 @@ def read_lines(path: Path, content: str, pattern: str = ".*") -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        fail(path, f"bytes that are not UTF-8 (at {error.start})", content)
+        fail(path, f"its bytes are not UTF-8 (at {error.start})", f"It must have {content}")
     except IsADirectoryError:
-        fail(path, "a folder", f"a file with {content}")
+        fail(path, "it is a folder", f"It must be a file with {content}")
     # Not splitlines: a tag may hold other characters that it takes for an end.
     lines = [line.strip() for line in text.split("\n")]
     while lines and not lines[-1]:
@@ -113,7 +109,7 @@ def read_lines(path: Path, content: str, pattern: str = ".*") -> list[str]:
     bad = {line for line in set(lines) if not re.fullmatch(pattern, line)}
     for number, line in enumerate(lines if bad else [], 1):
         if line in bad:
-            fail(f"{path}: line {number}", repr(line), content)
+            fail(f"{path}: line {number}", repr(line), f"The file must have {content}")
     return lines
 
 
@@ -121,11 +117,8 @@ def require_images(files: list[Path], download: str) -> None:
     """Raise VhablError where images are missing: names the first and says how many there are."""
     missing = [file for file in files if not file.is_file()]
     if missing:
-        fail(
-            missing[0],
-            f"no such file; {len(missing):,} of {plural(len(files), 'image')} missing",
-            f"the images of {download}",
-        )
+        what = f"no such file; {len(missing):,} of {plural(len(files), 'image')} are missing"
+        fail(missing[0], what, f"Get the images of {download}")
 
 
 def by_base_name(paths: Iterable[AnyPath]) -> dict[str, AnyPath]:
@@ -133,11 +126,8 @@ def by_base_name(paths: Iterable[AnyPath]) -> dict[str, AnyPath]:
     result: dict[str, AnyPath] = {}
     for path in paths:
         if path.name in result:
-            fail(
-                path,
-                f"the base name of {result[path.name]}",
-                "images of different base names, by which they are found",
-            )
+            do = "Images are found by their base names, which must differ"
+            fail(path, f"{result[path.name]} has the same base name", do)
         result[path.name] = path
     return result
 
@@ -151,7 +141,7 @@ def write(made: Made, out: Path, force: bool = False) -> None:
     """
     check_out(out, force)
     if not made.index:
-        fail("items of the selection", "none", "at least one")
+        fail("selection", "no item is in it", "Choose a part with items")
     by_base_name(map(PurePath, made.index))
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.tmp")

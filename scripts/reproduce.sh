@@ -21,7 +21,7 @@ while [[ $# -gt 0 ]]; do
         --protocol)
             protocol=${2:-}
             if [[ $protocol != common && $protocol != own ]]; then
-                echo "error: argument --protocol: found '$protocol'; expected common or own" >&2
+                echo "error: --protocol is '$protocol', but must be common or own" >&2
                 exit 2
             fi
             shift
@@ -35,7 +35,7 @@ while [[ $# -gt 0 ]]; do
         *)
             if [[ ! -f configs/$1.yaml || $1 == published ]]; then
                 known=$(basename --suffix .yaml -a configs/*.yaml | grep -vx published | tr '\n' ' ')
-                echo "error: argument $1: found no such recipe; expected some of: $known" >&2
+                echo "error: $1: no such recipe. Choose among $known" >&2
                 exit 2
             fi
             recipes+=("$1")

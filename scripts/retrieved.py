@@ -33,11 +33,12 @@ def main(arguments: list[str]) -> int:
 
     ((run, data, codes),) = runs.encoded([runs.load(given.checkpoint)], [given.bits], [])
     if not run.config.data.has_files:
-        errors.fail(given.checkpoint, f"data of kind {run.config.data.kind}", "image-text pairs")
+        do = "Give a run on image-text pairs"
+        errors.fail(given.checkpoint, f"its data are of kind {run.config.data.kind}", do)
     gallery = Gallery(run.config.data, data)
     task, found = next(iter(codes[given.bits].items()))  # i2t of a cross-modal run
     if max(given.queries) >= len(found.query):
-        errors.fail("argument --queries", str(max(given.queries)), f"below {len(found.query)}")
+        errors.bad_value("--queries", max(given.queries), f"below {len(found.query)}")
 
     columns = given.top + 1
     size = (0.72 * columns + 0.3, 0.95 * len(given.queries) + 0.4)

@@ -22,7 +22,7 @@ find_python() {
             return
         fi
     done
-    fail "python: found no Python 3.11 or 3.12 with the venv module on PATH; expected one (on Debian and Ubuntu: apt-get install python3-venv), or PYTHON=/path/to/python"
+    fail "python: no Python 3.11 or 3.12 with the venv module is on PATH. Install one (on Debian and Ubuntu: apt-get install python3-venv), or name it: PYTHON=/path/to/python"
 }
 
 has_nvidia_driver() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
@@ -50,7 +50,7 @@ install_torch() {
     elif [[ $(uname -s) == Linux ]] && index_answers "$torch_cpu_index/"; then
         "$venv/bin/pip" install --quiet --index-url "$torch_cpu_index" "$torch"
     elif [[ ${VHABL_CUDA:-} != 1 ]] && brings_cuda "$torch"; then
-        fail "torch: found no NVIDIA driver, no answer from torch's CPU index, and a default build that brings gigabytes of CUDA packages; expected one of: a reachable CPU index (VHABL_TORCH_CPU_INDEX), or VHABL_CUDA=1 to install that build"
+        fail "torch: there is no NVIDIA driver, torch's CPU index does not answer, and the default build brings gigabytes of CUDA packages. Name a CPU index that answers (VHABL_TORCH_CPU_INDEX), or set VHABL_CUDA=1 to install that build"
     else
         "$venv/bin/pip" install --quiet "$torch"
     fi

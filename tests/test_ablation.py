@@ -83,7 +83,9 @@ def test_the_command_trains_each_variant_once(
     assert capsys.readouterr().out == out
     kept = next(folder.glob("*.json"))
     kept.write_text('[{"variant": "whole", "seed": "0"}]', encoding="utf-8")
-    with pytest.raises(VhablError, match=rf"{kept.name}: found content .*seed '0' in row 1"):
+    with pytest.raises(
+        VhablError, match=rf"{kept.name}: this is no list of records .*seed '0' in row 1"
+    ):
         ablation.main(arguments)
 
 
@@ -97,5 +99,7 @@ def test_only_the_parts_asked_for_are_switched_off(
     assert ablation.main([*arguments, "--only", "without contrast", "target"]) == 0
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "0." in line]
     assert rows == ["| whole", "| without contrast", '| model.target="sigmoid"']
-    with pytest.raises(VhablError, match="argument --only: found rubbish; expected a part of one"):
+    with pytest.raises(
+        VhablError, match=r"--only rubbish: no component has this in its name. Choose among"
+    ):
         ablation.main([*arguments, "--only", "rubbish"])

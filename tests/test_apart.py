@@ -77,7 +77,7 @@ def declares_too_much() -> Iterator[tuple[str, Any]]:
 
 
 def is_refused() -> Iterator[tuple[str, Any]]:
-    fail("key x", "nothing", "something")
+    fail("key x", "nothing", "Something")
     yield
 
 
@@ -88,13 +88,16 @@ def has_a_fault() -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (crashes, "f.mat: found a damaged file that ends its reader (signal 11); expected numbers"),
-        (ends_in_an_array, "ends its reader (signal 7)"),
-        (loops, "f.mat: found a file whose reading does not end in 1 s; expected numbers"),
-        (fills_the_memory, "f.mat: found a damaged or truncated file (Unable to allocate"),
-        (declares_too_much, "(more content than a file of its size may have); expected numbers"),
-        (is_refused, "key x: found nothing; expected something"),
-        (has_a_fault, "f.mat: found a damaged or truncated file ('y'); expected numbers"),
+        (
+            crashes,
+            "f.mat: the file is damaged and ended its reader (signal 11). It must be numbers",
+        ),
+        (ends_in_an_array, "its reader (signal 7"),
+        (loops, "f.mat: reading it did not end in 1 s. It must be numbers"),
+        (fills_the_memory, "f.mat: the file is damaged or truncated (Unable to allocate"),
+        (declares_too_much, "more content than a file of its size may have"),
+        (is_refused, "key x: nothing. Something"),
+        (has_a_fault, "f.mat: the file is damaged or truncated ('y'). It must be numbers"),
     ],
 )
 def test_a_reader_that_fails_is_one_message(

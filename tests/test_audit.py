@@ -283,7 +283,7 @@ def test_a_run_is_audited_on_the_data_it_was_trained_on(
     data = load_data(config.data)
     train.train(config, data, progress_bar=False)
     monkeypatch.setattr(audit, "load_data", lambda *_: replace(data, fingerprint="0" * 32))
-    with pytest.raises(VhablError, match="data: found a model of"):
+    with pytest.raises(VhablError, match=r"trained on .wiki.*The data are .wiki"):
         audit.main(["--checkpoint", "run"])
 
 

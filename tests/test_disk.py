@@ -59,8 +59,8 @@ def test_output_to_a_full_disk() -> None:
         )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == (
-        "error: standard output: found No space left on device; expected room to write it: "
-        "make some and run it again\n"
+        "error: standard output: No space left on device. Make room for it and "
+        "run the command again\n"
     )
 
 
@@ -76,7 +76,7 @@ def test_the_system_is_asked_why_a_library_failed(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="unexpected pos"), atomic_path(target) as path:
         full(path)  # the disk has room: it is another fault, and said as it is
     monkeypatch.setattr(os, "fsync", refuse)
-    said = r"^state\.pt: found Disk quota exceeded; expected room"
+    said = r"^state\.pt: Disk quota exceeded. Make room"
     with pytest.raises(VhablError, match=said), atomic_path(target) as path:
         full(path)
     with pytest.raises(OSError, match=r"\[Errno 2\].*nothing\.png"), atomic_path(target) as path:

@@ -107,9 +107,7 @@ def test_features_are_encoded_as_arrays(feature_file: Path) -> None:
     assert np.array_equal(found, code_tasks(model.method, data, [8])[8]["fused"].query)
     assert model.encode(texts=data.query.text[:3].tolist())["fused"].shape == (3, 16)
     for wrong in (["a.jpg"], np.zeros((2, 5)), np.full((2, 12), np.nan)):
-        with pytest.raises(
-            VhablError, match=r"images: found .* expected finite features \[N, 12\]"
-        ):
+        with pytest.raises(VhablError, match=r"images.*finite.*N, 12"):
             model.encode(images=wrong)
 
 
@@ -133,7 +131,7 @@ def test_a_model_of_pictures_in_arrays_encodes_files_and_arrays(
         codes_of = model.encode(images=images, texts=picture_arrays()["test_text"], bits=8)
         assert np.array_equal(codes_of["image"], found["i2t"].query)
         assert np.array_equal(codes_of["text"], found["t2i"].query)
-    with pytest.raises(VhablError, match=r"texts: found list .* expected finite features \[N, 9\]"):
+    with pytest.raises(VhablError, match=r"texts.*list.*finite.*N, 9"):
         model.encode(texts=["a red car"])
     assert Gallery(config.data, data).item(0, data.query.labels[0], "query 1").caption == "query 1"
     index = Index.build("index", "run", bits=8)
@@ -161,7 +159,7 @@ def test_a_model_of_features_in_arrays_encodes_arrays(tmp_path: Path) -> None:
     expected = code_tasks(model.method, data, [8])[8]
     assert np.array_equal(found["image"], expected["i2t"].query)
     assert np.array_equal(found["text"], expected["t2i"].query)
-    with pytest.raises(VhablError, match=r"images: found list .* finite features \[N, 3\]"):
+    with pytest.raises(VhablError, match=r"images.*list.*finite.*N, 3"):
         model.encode(images=["a.jpg"])
 
 
@@ -174,18 +172,18 @@ def model(folder: Path) -> encode.Model:
 def test_what_cannot_be_encoded_is_said(model: encode.Model, folder: Path) -> None:
     picture = folder / "images" / "0.png"
     for given, message in (
-        ({}, "images and texts: found neither"),
-        ({"images": [picture], "texts": ["a", "b"]}, "found 1 image and 2 texts; expected as many"),
-        ({"texts": ["a"], "bits": 9}, "key bits: found 9; expected a code length that the model"),
-        ({"texts": [], "bits": 9}, "key bits: found 9; expected a code length that the model"),
-        ({"texts": "a red car"}, "texts: found a str; expected a sequence"),
-        ({"images": np.zeros((2, 3))}, "images: found a ndarray; expected a sequence"),
-        ({"texts": ["a", None]}, "texts: found None as number 2; expected a text of each"),
-        ({"texts": [b"a"]}, "texts: found a bytes as number 1; expected str"),
-        ({"texts": 3}, "texts: found a int; expected a sequence"),
-        ({"images": [3]}, "images: found a int as number 1; expected str or Path or "),
-        ({"texts": ["a"], "bits": "8"}, "key bits: found '8'; expected a whole number"),
-        ({"images": [folder / "nowhere.png"]}, r"nowhere.png: found no such file"),
+        ({}, "images and texts.*neither"),
+        ({"images": [picture], "texts": ["a", "b"]}, r"1 image and 2 texts.*as many"),
+        ({"texts": ["a"], "bits": 9}, r"bits is 9.*a code length that the model"),
+        ({"texts": [], "bits": 9}, r"bits is 9.*a code length that the model"),
+        ({"texts": "a red car"}, r"texts.*a str.*a sequence"),
+        ({"images": np.zeros((2, 3))}, "images: a ndarray. Give a sequence"),
+        ({"texts": ["a", None]}, "texts: None as number 2. Give a text of each"),
+        ({"texts": [b"a"]}, "texts: a bytes as number 1. Give str"),
+        ({"texts": 3}, "texts: a int. Give a sequence"),
+        ({"images": [3]}, "images: a int as number 1. Give str or Path or "),
+        ({"texts": ["a"], "bits": "8"}, "bits is '8', but must be a whole number"),
+        ({"images": [folder / "nowhere.png"]}, r"nowhere.png: no such file"),
     ):
         with pytest.raises(VhablError, match=message):
             model.encode(**given)
@@ -262,10 +260,10 @@ def test_a_table_needs_no_labels(
     (folder / "uneven.jsonl").write_text('{"caption": "a"}\n{"image": "0.png"}\n')
     (folder / "none.csv").write_text("picture,title\na,b\n")
     for name, message in (
-        ("bad.csv", r"row 1: column image: found ''"),
-        ("uneven.jsonl", "row 1: found no such column; expected image, as other rows have it"),
-        ("none.csv", "columns: found picture, title; expected image, caption or both"),
-        ("nowhere.csv", "found no such file"),
+        ("bad.csv", "row 1: column image"),
+        ("uneven.jsonl", r"row 1.*no.*image.*other rows have"),
+        ("none.csv", r"columns.*picture, title.*image, caption or both"),
+        ("nowhere.csv", "no such file"),
     ):
         with pytest.raises(VhablError, match=message):
             run("--checkpoint", "run", "--table", folder / name)
@@ -274,16 +272,16 @@ def test_a_table_needs_no_labels(
 def test_nothing_is_written_where_a_picture_is_damaged(model: encode.Model, folder: Path) -> None:
     (folder / "images" / "3.png").write_bytes(b"")
     before = sorted(Path().iterdir())
-    with pytest.raises(VhablError, match=r"3.png: found an image that cannot be read"):
+    with pytest.raises(VhablError, match=r"3\.png.*image.*cannot be read"):
         run("--checkpoint", "run", "--images", folder / "images", "--out", "c.npz")
     (folder / "empty").mkdir()
     for given, message in (
-        (folder / "empty", "empty: found no picture"),
-        (folder / "nowhere", "nowhere: found no such folder"),
+        (folder / "empty", r"empty.*no picture"),
+        (folder / "nowhere", r"nowhere.*no such folder"),
     ):
         with pytest.raises(VhablError, match=message):
             run("--checkpoint", "run", "--images", given, "--out", "c.npz")
-    with pytest.raises(VhablError, match=r"--out c.txt: found another ending; expected .npz"):
+    with pytest.raises(VhablError, match=r"--out.*c\.txt.*\.npz"):
         run("--checkpoint", "run", "--text", "a", "--out", "c.txt")
     assert sorted(Path().iterdir()) == before
 
@@ -309,10 +307,12 @@ def test_what_is_made_with_oracle_labels_says_so(
     assert audit.main(["--checkpoint", str(config.run_folder)]) == audit.LEAK
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "pghmh on emoji (oracle labels)" and said[-1] == "leak"
-    with pytest.raises(VhablError, match="a model that encodes true labels; expected one without"):
+    with pytest.raises(
+        VhablError, match=r"its codes are made from true labels. Give a run without"
+    ):
         vhabl.load(config.run_folder)
     kept = runs.load(config.run_folder)
-    with pytest.raises(VhablError, match="key bits: found 12; expected a code length that"):
+    with pytest.raises(VhablError, match=r"bits is 12.*a code length that"):
         list(runs.encoded([kept], [12], []))
     assert kept.method.oracle_labels
     ((_, _, found),) = runs.encoded([kept], [8], [])
@@ -335,9 +335,7 @@ def test_an_honest_pghmh_passes_the_audit(model: encode.Model) -> None:
 
 
 def test_only_a_method_that_has_an_oracle_takes_one(folder: Path) -> None:
-    with pytest.raises(
-        VhablError, match="oracle_labels: found True; expected false: cmcl has no such mode"
-    ):
+    with pytest.raises(VhablError, match=r"oracle_labels.*True.*false.*cmcl has no such mode"):
         pair_config(folder, "cmcl", "oracle_labels=true")
 
 

@@ -233,7 +233,7 @@ def test_a_kernel_is_chosen_by_device_and_what_is_installed(
     monkeypatch.setattr("sysconfig.get_path", lambda _: "/nowhere")  # nor Python's headers
     assert pick_kernel("auto") is kernel_torch
     monkeypatch.setattr("vhabl.metrics.evaluation.find_spec", lambda name: None)
-    with pytest.raises(VhablError, match="kernel: found 'triton'"):
+    with pytest.raises(VhablError, match=r"kernel.*triton"):
         pick_kernel("triton")
 
 
@@ -282,26 +282,26 @@ def good() -> Codes:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"query": np.ones((3, 20), np.int8)}, "query and database: found 20 and 16 bits"),
-        ({"query_labels": np.ones((3, 5))}, "query and database: found 5 and 4 classes"),
-        ({"query_labels": np.ones((2, 4))}, "query labels: found 2 rows; expected 3"),
-        ({"database_labels": np.ones((9, 4))}, "database labels: found 9 rows; expected 5"),
+        ({"query": np.ones((3, 20), np.int8)}, r"query and database.*20 and 16 bits"),
+        ({"query_labels": np.ones((3, 5))}, r"query and database.*5 and 4 classes"),
+        ({"query_labels": np.ones((2, 4))}, r"query labels.*2 rows.*3"),
+        ({"database_labels": np.ones((9, 4))}, r"database labels.*9 rows.*5"),
         (
             {"database": np.ones((0, 16)), "database_labels": np.ones((0, 4))},
-            "database codes: found 0",
+            r"database codes.*0",
         ),
         (
             {"query": np.ones((0, 16)), "query_labels": np.ones((0, 4))},
-            "query codes: found 0 items",
+            r"query codes.*0 items",
         ),
-        ({"query": np.zeros((3, 16))}, "query codes: found the value 0; expected -1 and"),
-        ({"database": np.full((5, 16), 0.5)}, "database codes: found the value 0.5"),
-        ({"database": np.full((5, 16), np.nan)}, "database codes: found the value nan"),
-        ({"query": np.ones(16)}, r"query codes: found shape \(16,\)"),
-        ({"query": [[1] * 16] * 3}, "query codes: found shape list"),
-        ({"query": np.full((3, 16), "a")}, "query codes: found 16 columns of type <U1"),
-        ({"query_labels": np.ones((3, 0))}, "query labels: found 0 columns"),
-        ({"query": np.ones((3, 0)), "database": np.ones((5, 0))}, "query codes: found 0 columns"),
+        ({"query": np.zeros((3, 16))}, r"query codes.*the value 0.*-1 and"),
+        ({"database": np.full((5, 16), 0.5)}, r"database codes.*the value 0\.5"),
+        ({"database": np.full((5, 16), np.nan)}, r"database codes.*the value nan"),
+        ({"query": np.ones(16)}, r"query codes.*shape \(16"),
+        ({"query": [[1] * 16] * 3}, r"query codes.*shape list"),
+        ({"query": np.full((3, 16), "a")}, r"query codes.*16 columns of type <U1"),
+        ({"query_labels": np.ones((3, 0))}, r"query labels.*0 columns"),
+        ({"query": np.ones((3, 0)), "database": np.ones((5, 0))}, r"query codes.*0 columns"),
     ],
 )
 def test_codes_that_are_none_are_refused(changes: dict[str, object], said: str) -> None:
@@ -311,21 +311,21 @@ def test_codes_that_are_none_are_refused(changes: dict[str, object], said: str) 
 
 @pytest.mark.parametrize("weights", [np.ones(15, int), np.ones(16), np.arange(16) - 1])
 def test_weights_that_are_none_are_refused(weights: np.ndarray) -> None:
-    with pytest.raises(VhablError, match=r"weights: found .* expected 16 integers, not negative"):
+    with pytest.raises(VhablError, match=r"weights.*16 integers, not negative"):
         evaluate(good(), weights=weights)
 
 
 @pytest.mark.parametrize("own", [np.zeros(2, int), np.array([0, 5, 0])])
 def test_positions_that_are_none_are_refused(own: np.ndarray) -> None:
-    with pytest.raises(VhablError, match=r"own: found .* expected a position below 5"):
+    with pytest.raises(VhablError, match=r"own.*a position below 5"):
         evaluate(good(), own=own)
 
 
 def test_packed_words_of_another_width_are_refused() -> None:
     packed = Packed.of(good())
-    with pytest.raises(VhablError, match=r"database codes: found shape .* expected 2 words"):
+    with pytest.raises(VhablError, match=r"database codes.*shape.*2 words"):
         replace(packed, bits=65, query=np.zeros((3, 2), np.uint64))
-    with pytest.raises(VhablError, match="labels: found"):
+    with pytest.raises(VhablError, match=r"labels: .*words a row"):
         replace(packed, query_labels=np.zeros((3, 2), np.uint64))
 
 

@@ -90,12 +90,12 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def assert_refused(main: Main, arguments: list[str], parts: list[str]) -> None:
-    """One message in the project's form that holds the parts, and no file changed."""
+    """One message that holds the parts, and no file changed."""
     before = tree(Path.cwd())
     with pytest.raises(VhablError) as caught:
         main(arguments)
     message = str(caught.value)
-    for part in (": found ", "; expected ", *parts):
+    for part in parts:
         assert part in message, message
     assert "\n" not in message
     assert tree(Path.cwd()) == before
@@ -245,27 +245,27 @@ FLICKR_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a label that is a folder": (
         lambda s: [(s / "annotations/sea.txt").unlink(), (s / "annotations/sea.txt").mkdir()],
-        ["annotations/sea.txt: found a folder"],
+        ["annotations/sea.txt: it is a folder"],
     ),
     "a number that is none": (
         lambda s: put(s / "annotations" / "sea.txt", "1\nim2\n"),
-        ["annotations/sea.txt: line 2: found 'im2'"],
+        ["annotations/sea.txt: line 2: 'im2'. The file"],
     ),
     "a number of no image": (
         lambda s: put(s / "annotations" / "sea.txt", "1\n31\n"),
-        ["download/im31.jpg: ", "1 of 25 images missing", "mirflickr25k.zip"],
+        ["download/im31.jpg: ", "1 of 25 images", "mirflickr25k.zip"],
     ),
     "images missing": (
         lambda s: [(s / f"im{n}.jpg").unlink() for n in (2, 10, 24)],
-        ["download/im2.jpg: ", "3 of 24 images missing"],
+        ["download/im2.jpg: ", "3 of 24 images"],
     ),
     "tags not UTF-8": (
         lambda s: put(s / "meta" / "tags" / "tags7.txt", "été\n".encode("latin-1")),
-        ["tags/tags7.txt: ", "bytes that are not UTF-8"],
+        ["tags/tags7.txt: ", "are not UTF-8"],
     ),
     "no tag in the vocabulary": (
         lambda s: [put(s / "meta" / "tags" / f"tags{n}.txt", "") for n in range(1, 25)],
-        ["items of the selection: found none"],
+        ["selection: no item"],
     ),
 }
 
@@ -419,7 +419,7 @@ NUS_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a label missing": (
         lambda s: (s / "Groundtruth/AllLabels/Labels_rare00.txt").unlink(),
-        ["AllLabels: found 80 files Labels_*.txt; expected 81", "Groundtruth.zip"],
+        ["AllLabels: 80 files Labels_*.txt. Unpack all 81", "Groundtruth.zip"],
     ),
     "no tags": (
         lambda s: (s / "NUS_WID_Tags/AllTags1k.txt").unlink(),
@@ -435,59 +435,59 @@ NUS_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "labels too short": (
         lambda s: edit(s / "Groundtruth/AllLabels/Labels_rare07.txt", 24, None),
-        ["Labels_rare07.txt: found 23 lines; expected 24"],
+        ["Labels_rare07.txt: 23 lines for 24"],
     ),
     "a label that is no bit": (
         lambda s: edit(s / "Groundtruth/AllLabels/Labels_rare07.txt", 9, "-1130179"),
-        ["Labels_rare07.txt: line 9: found '-1130179'; expected 0 or 1"],
+        ["Labels_rare07.txt: line 9: '-1130179'", "0 or 1"],
     ),
     "a blank label": (
         lambda s: edit(s / "Groundtruth/AllLabels/Labels_rare07.txt", 9, ""),
-        ["Labels_rare07.txt: line 9: found ''"],
+        ["Labels_rare07.txt: line 9: ''"],
     ),
     "a blank image": (
         lambda s: edit(s / "ImageList/Imagelist.txt", 3, ""),
-        ["Imagelist.txt: line 3: found ''"],
+        ["Imagelist.txt: line 3: ''"],
     ),
     "a folder in the list": (
         lambda s: edit(s / "ImageList/Imagelist.txt", 3, "actor\\"),
-        ["Imagelist.txt: line 3: found 'actor"],
+        ["Imagelist.txt: line 3: 'actor"],
     ),
     "a blank name of a tag": (
         lambda s: edit(s / "NUS_WID_Tags/TagList1k.txt", 2, ""),
-        ["TagList1k.txt: line 2: found ''"],
+        ["TagList1k.txt: line 2: ''"],
     ),
     "names of tags not UTF-8": (
         lambda s: put(s / "NUS_WID_Tags/TagList1k.txt", "a\ncafé\nb\nc\n".encode("latin-1")),
-        ["TagList1k.txt: ", "bytes that are not UTF-8"],
+        ["TagList1k.txt: ", "are not UTF-8"],
     ),
     "a narrow row": (
         lambda s: edit(s / "NUS_WID_Tags/AllTags1k.txt", 24, "0 1 0"),
-        ["AllTags1k.txt: line 24: found 3 numbers; expected 4"],
+        ["AllTags1k.txt: line 24: 3 numbers for 4"],
     ),
     "a wide row": (
         lambda s: edit(s / "NUS_WID_Tags/AllTags1k.txt", 5, "0 1 0 0 1"),
-        ["AllTags1k.txt: line 5: found 5 numbers; expected 4"],
+        ["AllTags1k.txt: line 5: 5 numbers for 4"],
     ),
     "a tag that is no bit": (
         lambda s: edit(s / "NUS_WID_Tags/AllTags1k.txt", 5, "0 1 2 0"),
-        ["AllTags1k.txt: line 5: found '2'; expected 0 or 1"],
+        ["AllTags1k.txt: line 5: '2', where only 0 and 1"],
     ),
     "a tag of two digits": (
         lambda s: edit(s / "NUS_WID_Tags/AllTags1k.txt", 5, "0 01 1 0"),
-        ["AllTags1k.txt: line 5: found '01'; expected 0 or 1"],
+        ["AllTags1k.txt: line 5: '01', where only 0 and 1"],
     ),
     "a row too few": (
         lambda s: edit(s / "NUS_WID_Tags/AllTags1k.txt", 5, None),
-        ["AllTags1k.txt: found 23 rows; expected 24"],
+        ["AllTags1k.txt: 23 rows for 24"],
     ),
     "a row too many": (
         lambda s: edit(s / "NUS_WID_Tags/AllTags1k.txt", 24, "0 0 0 0\n1 1 1 1"),
-        ["AllTags1k.txt: found 25 rows; expected 24"],
+        ["AllTags1k.txt: 25 rows for 24"],
     ),
     "images missing": (
         lambda s: [(s / "Flickr" / nus_index(row)).unlink() for row in (7, 12)],
-        ["Flickr/folder1/0007_97.jpg: ", "2 of 20 images missing"],
+        ["Flickr/folder1/0007_97.jpg: ", "2 of 20 images"],
     ),
     "an image twice": (
         lambda s: put(s / "Flickr/other/0007_97.jpg", JPEG),
@@ -495,7 +495,7 @@ NUS_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "an image listed twice": (
         lambda s: edit(s / "ImageList/Imagelist.txt", 9, "other\\0007_97.jpg"),
-        ["other/0007_97.jpg: ", "base name of folder1/0007_97.jpg"],
+        ["other/0007_97.jpg: ", "folder1/0007_97.jpg has the same base name"],
     ),
 }
 
@@ -511,7 +511,9 @@ def test_nuswide_refuses_a_damaged_download(tmp_path: Path, damage: str) -> None
 def test_nuswide_refuses_numbers_of_classes(tmp_path: Path, classes: str) -> None:
     nus_source(tmp_path / "download")
     arguments = ["download", "--classes", classes]
-    assert_refused(make_nuswide.main, arguments, [f"--classes: found {classes}; expected 1 to 81"])
+    assert_refused(
+        make_nuswide.main, arguments, [f"--classes is {classes}, but must be from 1 to 81"]
+    )
 
 
 # MS COCO
@@ -621,7 +623,7 @@ def test_coco_mini_with_one_caption_an_image(tmp_path: Path) -> None:
 
 def test_coco_of_two_years_is_chosen(tmp_path: Path) -> None:
     source = coco_source(coco_source(tmp_path / "download", 2014), 2017)
-    assert_refused(make_coco.main, ["download"], ["annotations: ", "2014 and 2017", "--year"])
+    assert_refused(make_coco.main, ["download"], ["annotations: ", "2014 and", "--year"])
     assert make_coco.read(source, 2014).index[0] == "train2014/0004.jpg"
     assert make_coco.read(source, 2017).index[0] == "train2017/0004.jpg"
 
@@ -688,27 +690,27 @@ COCO_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "an image missing": (
         lambda s: (s / "train2017/0005.jpg").unlink(),  # also one without a category
-        ["train2017/0005.jpg: ", "1 of 3 images missing", "train2017.zip"],
+        ["train2017/0005.jpg: ", "1 of 3 images", "train2017.zip"],
     ),
     "cut JSON": (
         lambda s: put(s / "annotations/captions_val2017.json", '{"annotations": ['),
-        ["captions_val2017.json: ", "damaged JSON"],
+        ["captions_val2017.json: ", "JSON is damaged"],
     ),
     "JSON too deep": (
         lambda s: put(s / "annotations/captions_val2017.json", "[" * 100_000),
-        ["captions_val2017.json: ", "damaged JSON"],
+        ["captions_val2017.json: ", "JSON is damaged"],
     ),
     "JSON not UTF-8": (
         lambda s: put(s / "annotations/captions_val2017.json", b'{"\xff": 1}'),
-        ["captions_val2017.json: ", "damaged JSON"],
+        ["captions_val2017.json: ", "JSON is damaged"],
     ),
     "JSON of a list": (
         lambda s: put(s / "annotations/captions_val2017.json", "[]"),
-        ["captions_val2017.json: annotations: found no list"],
+        ["captions_val2017.json: annotations: it is no list"],
     ),
     "no categories": (
         change("instances_val2017.json", "categories", None),
-        ["instances_val2017.json: categories: found no list"],
+        ["instances_val2017.json: categories: it is no list"],
     ),
     "an entry of another layout": (
         change("captions_train2017.json", "annotations", 1, ["caption"]),
@@ -720,30 +722,30 @@ COCO_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "an unknown category": (
         change("instances_train2017.json", "annotations", 0, "category_id", 12),
-        ["instances_train2017.json: annotations: found category_id 12"],
+        ["instances_train2017.json: annotations: category_id 12"],
     ),
     "an unknown image": (
         change("instances_train2017.json", "annotations", 0, "image_id", 31),
-        ["instances_train2017.json: annotations: found image_id 31"],
+        ["instances_train2017.json: annotations: image_id 31"],
     ),
     "a caption of an unknown image": (
         change("captions_val2017.json", "annotations", 0, "image_id", 31),
-        ["captions_val2017.json: annotations: found image_id 31"],
+        ["captions_val2017.json: annotations: image_id 31"],
     ),
     "an id twice": (
         change("instances_val2017.json", "images", 0, "id", 1),
-        ["instances_val2017.json: images: found two entries of id 1"],
+        ["instances_val2017.json: images: two entries have the id 1"],
     ),
     "other categories in val": (
         change("instances_val2017.json", "categories", 0, "name", "brush"),
-        ["instances_val2017.json: found other categories"],
+        ["instances_val2017.json: its categories differ"],
     ),
     "a base name twice": (
         lambda s: [
             change("instances_val2017.json", "images", 0, "file_name", "0030.jpg")(s),
             put(s / "val2017/0030.jpg", JPEG),
         ],
-        ["val2017/0030.jpg: ", "base name of train2017/0030.jpg"],
+        ["val2017/0030.jpg: ", "train2017/0030.jpg has the same base name"],
     ),
 }
 
@@ -781,7 +783,7 @@ def test_out_is_checked_before_the_reading_and_before_the_writing(tmp_path: Path
     with pytest.raises(VhablError, match=r"mine\.txt"):
         makers.write(made, tmp_path / "made", force=True)
     (tmp_path / "empty").mkdir()
-    assert_refused(make_coco.main, ["empty", "--out", "made"], ["found mine.txt"])
+    assert_refused(make_coco.main, ["empty", "--out", "made"], ["it holds mine.txt"])
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
@@ -789,20 +791,20 @@ def test_out_is_checked_before_the_reading_and_before_the_writing(tmp_path: Path
 def test_files_of_others_are_never_replaced(tmp_path: Path, force: list[str], name: str) -> None:
     coco_source(tmp_path / "download")
     put(tmp_path / "made" / name, "mine")
-    parts = [f"made: found {name.partition('/')[0]}, which no maker wrote"]
+    parts = [f"made: it holds {name.partition('/')[0]}, which no maker wrote"]
     assert_refused(make_coco.main, ["download", "--out", "made", *force], parts)
 
 
 def test_the_download_is_never_replaced(tmp_path: Path) -> None:
     coco_source(tmp_path / "download")
     arguments = ["download", "--out", "download", "--force"]
-    assert_refused(make_coco.main, arguments, ["found annotations and 2 others"])
+    assert_refused(make_coco.main, arguments, ["it holds annotations and 2 others"])
 
 
 def test_a_file_is_no_place_to_write(tmp_path: Path) -> None:
     coco_source(tmp_path / "download")
     put(tmp_path / "made", "mine")
-    assert_refused(make_coco.main, ["download", "--out", "made"], ["made: found a file"])
+    assert_refused(make_coco.main, ["download", "--out", "made"], ["made: it is a file"])
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -866,7 +868,7 @@ def test_the_commands_end_with_one_message(tmp_path: Path, name: str) -> None:
     assert result.returncode == 2
     absent = tmp_path / "absent"
     assert result.stderr == (
-        f"error: {absent}: found no such folder; expected the folder of the unpacked download\n"
+        f"error: {absent}: no such folder. Give the folder of the unpacked download\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -1066,7 +1068,7 @@ def test_features_count_the_words_of_all_training_captions(tmp_path: Path, net: 
             put(tmp_path / f"download/{part}2017/{image:04}.jpg", JPEG + bytes([image]))
     sizes = ["--query", "2", "--train", "4", "--device", "cpu"]
     arguments = ["download", "--out", "made", "--features", "cnn"]
-    with pytest.raises(VhablError, match="no word that 20 of them have; expected more training"):
+    with pytest.raises(VhablError, match=r"no word.*20 of them.*more training"):
         make_coco.main([*arguments, "--query", "2", "--train", "2"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["download"]
 
@@ -1091,7 +1093,7 @@ def test_features_that_are_there_are_replaced_only_by_force(tmp_path: Path, net:
         put(folder / name, "mine")
         # Before the minutes of reading: there is no download in this folder.
         (tmp_path / "empty").mkdir(exist_ok=True)
-        parts = [f"made_cnn/{name}: found a file", "--force"]
+        parts = [f"made_cnn/{name}: it exists already", "--force"]
         assert_refused(make_flickr.main, ["empty", *CNN[1:]], parts)
         (folder / name).unlink()
     put(folder / "features.mat", "mine")
@@ -1102,10 +1104,10 @@ def test_features_that_are_there_are_replaced_only_by_force(tmp_path: Path, net:
 
     (folder / "features.mat").unlink()
     (folder / "features.mat").mkdir()
-    assert_refused(make_flickr.main, [*CNN, "--force"], ["features.mat: found a folder"])
+    assert_refused(make_flickr.main, [*CNN, "--force"], ["features.mat: it is a folder"])
     shutil.rmtree(folder)
     put(folder, "mine")
-    assert_refused(make_flickr.main, [*CNN, "--force"], ["made_cnn: found a file"])
+    assert_refused(make_flickr.main, [*CNN, "--force"], ["made_cnn: it is a file"])
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -1119,9 +1121,9 @@ def test_features_are_written_whole_or_not_at_all(
     state = tree(tmp_path / "made_cnn") if before else None
     if harm == "image":
         put(tmp_path / "download" / "im7.jpg", "no image")
-        text = r"im7\.jpg: found an image that cannot be read"
+        text = r"im7\.jpg.*image.*cannot be read"
     else:
-        text = r"made_cnn.*: found No space left on device"
+        text = r"made_cnn.*No space left on device"
 
         def fail(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
@@ -1142,34 +1144,34 @@ def test_features_need_enough_items_and_options_that_fit(tmp_path: Path, net: Ti
     picture_source(tmp_path / "download")
     cnn, clip = ["download", "--features", "cnn"], ["download", *towers()]
     keys = "data.query and data.train"
-    assert_refused(make_flickr.main, cnn, [keys, "2000 and 10000", "the 19 items"])
-    assert_refused(make_flickr.main, clip, [keys, "2000 and 10000", "the 19 items"])
+    assert_refused(make_flickr.main, cnn, [keys, "2000 queries and 10000", "the 19 items"])
+    assert_refused(make_flickr.main, clip, [keys, "2000 queries and 10000", "the 19 items"])
     arguments = [*clip, "--query", "4", "--train", "16"]
-    assert_refused(make_flickr.main, arguments, ["found 4 and 16", "the 19 items"])
+    assert_refused(make_flickr.main, arguments, ["4 queries and 16 training items", "the 19 items"])
     nus_source(tmp_path / "nus")
     arguments = ["nus", "--features", "cnn", "--train", "5"]
-    assert_refused(make_nuswide.main, arguments, [keys, "2100 and 5", "the 20 items"])
+    assert_refused(make_nuswide.main, arguments, [keys, "2100 queries and 5", "the 20 items"])
     coco_source(tmp_path / "coco")
     arguments = ["coco", "--features", "cnn", "--query", "1"]
     assert_refused(make_coco.main, arguments, [keys, "1 and 10000", "the 4 items"])
 
     for name in ("weights", "device", "query", "train", "network", "model"):
         value = "alexnet" if name == "network" else "4"
-        parts = [f"--{name}: found no --features; expected --features c"]
+        parts = [f"--{name}: it means nothing with no --features. Add --features c"]
         assert_refused(make_flickr.main, ["download", f"--{name}", value], parts)
-    parts = ["--network: found --features clip; expected --features cnn"]
+    parts = ["--network: it means nothing with --features clip. Add --features cnn"]
     assert_refused(make_flickr.main, [*clip, "--network", "alexnet"], parts)
-    parts = ["--model: found --features cnn; expected --features clip"]
+    parts = ["--model: it means nothing with --features cnn. Add --features clip"]
     assert_refused(make_flickr.main, [*cnn, "--model", "towers.json"], parts)
-    assert_refused(make_flickr.main, [*cnn, "--device", "abacus"], ["key device: found 'abacus'"])
+    assert_refused(make_flickr.main, [*cnn, "--device", "abacus"], ["device is 'abacus'"])
 
 
 def test_features_of_clip_refuse_bad_weights(tmp_path: Path) -> None:
     picture_source(tmp_path / "download")
     arguments = ["download", "--out", "made", *SPLIT, *towers()[:-1]]
-    assert_refused(make_flickr.main, [*arguments, "absent.pt"], ["absent.pt: found no such file"])
+    assert_refused(make_flickr.main, [*arguments, "absent.pt"], ["absent.pt: no such file"])
     put(tmp_path / "text.pt", "text")
-    assert_refused(make_flickr.main, [*arguments, "text.pt"], ["text.pt: ", "damaged or foreign"])
+    assert_refused(make_flickr.main, [*arguments, "text.pt"], ["text.pt: ", "damaged or"])
     torch.save({"visual.proj": torch.zeros(2)}, "other.pt")
     assert_refused(make_flickr.main, [*arguments, "other.pt"], ["other.pt: ", "no ln_final.bias"])
 
@@ -1217,13 +1219,13 @@ class Foreign:
 BAD_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
     "absent.pth": (
         lambda s: None,
-        ["--weights absent.pth: found no such file", "vgg16-397923af.pth, or one of IMAGENET1K_V1"],
+        ["--weights absent.pth: no such file", "vgg16-397923af.pth, or one of IMAGENET1K_V1"],
     ),
-    "folder.pth": (lambda s: Path("folder.pth").mkdir(), ["found no such file"]),
-    "empty.pth": (lambda s: put(Path("empty.pth"), ""), ["damaged or foreign"]),
-    "text.pth": (lambda s: put(Path("text.pth"), "text"), ["damaged or foreign"]),
-    "text.safetensors": (lambda s: put(Path("text.safetensors"), "text"), ["damaged or foreign"]),
-    "code.pth": (lambda s: torch.save({**s, "x": Foreign()}, "code.pth"), ["damaged or foreign"]),
+    "folder.pth": (lambda s: Path("folder.pth").mkdir(), ["no such file"]),
+    "empty.pth": (lambda s: put(Path("empty.pth"), ""), ["damaged or"]),
+    "text.pth": (lambda s: put(Path("text.pth"), "text"), ["damaged or"]),
+    "text.safetensors": (lambda s: put(Path("text.safetensors"), "text"), ["damaged or"]),
+    "code.pth": (lambda s: torch.save({**s, "x": Foreign()}, "code.pth"), ["damaged or"]),
     "list.pth": (lambda s: torch.save([1], "list.pth"), ["something else than tensors by name"]),
     "number.pth": (
         lambda s: torch.save({**s, "classifier.1.bias": 1}, "number.pth"),
@@ -1231,19 +1233,19 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
     ),
     "less.pth": (
         lambda s: torch.save({k: s[k] for k in s if k != "classifier.1.bias"}, "less.pth"),
-        ["less.pth: found no classifier.1.bias; expected the weights of vgg16"],
+        ["less.pth: no tensor classifier.1.bias. It must be the weights of vgg16"],
     ),
     "more.pth": (
         lambda s: torch.save({**s, "classifier.9.bias": torch.ones(1)}, "more.pth"),
-        ["more.pth: found an unknown classifier.9.bias; expected the weights of vgg16"],
+        ["more.pth: an unknown tensor classifier.9.bias. It must be the weights of vgg16"],
     ),
     "shape.pth": (
         lambda s: torch.save({**s, "classifier.1.bias": torch.ones(7)}, "shape.pth"),
-        ["shape.pth: found classifier.1.bias of shape (7,); expected (8,), as vgg16 has"],
+        ["shape.pth: classifier.1.bias has the shape (7,). vgg16 needs (8,)"],
     ),
     "nan.safetensors": (
         lambda s: save_file({**s, "classifier.1.bias": torch.ones(8) / 0}, "nan.safetensors"),
-        ["values in classifier.1.bias that are not finite"],
+        ["classifier.1.bias has values that are not finite"],
     ),
 }
 
@@ -1275,7 +1277,7 @@ def test_features_of_cnn_name_the_weights_to_bring(
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     (tmp_path / "empty").mkdir()  # said before the reading
     (tmp_path / "cache").mkdir()
-    parts = [f"weights {name}: found no whole file at https://", "no route to host"]
+    parts = [f"weights {name}: https://", "no route to host"]
     parts.append(f"--weights {file}")
     assert_refused(make_flickr.main, ["empty", *CNN[1:], *arguments], parts)
 
@@ -1307,6 +1309,6 @@ def test_features_end_with_one_message(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "make_flickr.py"), *CNN, "--weights", "absent.pth"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: --weights absent.pth: found no such file; expected ")
+    assert result.stderr.startswith("error: --weights absent.pth: no such file. Give ")
     assert result.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["download"]

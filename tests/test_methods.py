@@ -100,7 +100,9 @@ def test_shorter_codes_are_prefixes(vh_abl: tuple[VHABL, Trainer]) -> None:
     for bits in (1, 7, 12):
         assert torch.equal(method.encode(inputs, bits)["fused"], whole[:, :bits])
     for bits in (0, 17):
-        with pytest.raises(VhablError, match=f"found {bits}; expected a code length from 1 to 16"):
+        with pytest.raises(
+            VhablError, match=f"bits is {bits}, but must be a code length from 1 to 16"
+        ):
             method.encode(inputs, bits)
 
 
@@ -490,11 +492,11 @@ def test_a_length_that_is_the_auxiliary_one_is_served_from_it(feature_file: Path
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.dim=0", "key model.dim: found 0; expected at least 1"),
-        ("model.blocks=-1", "key model.blocks: found -1; expected at least 0"),
-        ("model.auxiliary=0", "key model.auxiliary: found 0; expected at least 1"),
-        ("model.dropout=1", "key model.dropout: found 1.0; expected 0 up to below 1"),
-        ("model.temperature=0", "key model.temperature: found 0.0; expected more than 0"),
+        ("model.dim=0", r"model\.dim.*0.*at least 1"),
+        ("model.blocks=-1", r"model\.blocks.*-1.*at least 0"),
+        ("model.auxiliary=0", r"model\.auxiliary.*0.*at least 1"),
+        ("model.dropout=1", r"model\.dropout.*1\.0.*0.*below 1"),
+        ("model.temperature=0", r"model\.temperature.*0\.0.*more than 0"),
     ],
 )
 def test_settings_of_cmcl_are_checked(feature_file: Path, override: str, expected: str) -> None:
@@ -518,7 +520,7 @@ def test_a_fused_method_encodes_one_modality_where_it_learned_to(
         inputs = data.train.inputs(np.arange(5))
         if not rate:
             assert method.stand_in is None
-            with pytest.raises(VhablError, match="without an image or without a text; expected"):
+            with pytest.raises(VhablError, match="without an image or without a text"):
                 method.encode(inputs.only("text"), 8)
             continue
         with torch.no_grad():
@@ -706,12 +708,12 @@ def test_response_normalisation_by_hand() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.dim=0", "key model.dim: found 0; expected at least 1"),
-        ("model.layers=0", "key model.layers: found 0; expected at least 1"),
-        ("model.context=-1", "key model.context: found -1; expected at least 0"),
-        ("model.truth=1.5", "key model.truth: found 1.5; expected 0 to 1"),
-        ("model.modality_dropout=1", "key model.modality_dropout: found 1.0; expected 0 up to"),
-        ("model.temperature=0", "key model.temperature: found 0.0; expected more than 0"),
+        ("model.dim=0", r"model\.dim.*0.*at least 1"),
+        ("model.layers=0", r"model\.layers.*0.*at least 1"),
+        ("model.context=-1", r"model\.context.*-1.*at least 0"),
+        ("model.truth=1.5", r"model\.truth.*1\.5.*0 to 1"),
+        ("model.modality_dropout=1", r"model\.modality_dropout.*1\.0.*0"),
+        ("model.temperature=0", r"model\.temperature.*0\.0.*more than 0"),
     ],
 )
 def test_settings_of_pghmh_are_checked(feature_file: Path, override: str, expected: str) -> None:
@@ -721,7 +723,7 @@ def test_settings_of_pghmh_are_checked(feature_file: Path, override: str, expect
 
 def test_heads_divide_the_width(feature_file: Path) -> None:
     config = small_config(feature_file, "pghmh", "model.heads=3")
-    with pytest.raises(VhablError, match="heads: found 3; expected a divisor of"):
+    with pytest.raises(VhablError, match=r"heads is 3, but must be a divisor of"):
         build_method(config, load_data(config.data).spec)
 
 
@@ -812,7 +814,7 @@ def test_plain_branches_of_hq_by_their_formulas(feature_file: Path) -> None:
 
 
 def test_pairs_of_rows_need_texts_in_another_order(feature_file: Path) -> None:
-    with pytest.raises(VhablError, match=r"key model.pairs: found"):
+    with pytest.raises(VhablError, match=r"model\.pairs .rows.: image i and text i are one item"):
         hq(feature_file, "model.pairs=rows")
 
 
@@ -820,7 +822,9 @@ def test_pairs_of_rows_need_texts_in_another_order(feature_file: Path) -> None:
 def test_other_methods_refuse_texts_in_another_order(feature_file: Path, name: str) -> None:
     config = small_config(feature_file, name, "data.text_order=10")
     data = load_data(config.data)
-    with pytest.raises(VhablError, match="data set wiki: found texts in another order than the im"):
+    with pytest.raises(
+        VhablError, match=r"data set wiki: image i and text i are not one item.*needs pairs"
+    ):
         build_method(config, data.spec)
 
 
@@ -868,13 +872,13 @@ def test_dictionaries_of_hq_serve_images_and_texts(
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.dim=0", "key model.dim: found 0; expected at least 1"),
-        ("model.dictionaries=0", "key model.dictionaries: found 0; expected at least 1"),
-        ("model.begin=0", "key model.begin: found 0; expected at least 1"),
-        ("model.branches=deep", "key model.branches: found 'deep'; expected residual or plain"),
-        ("model.pairs=some", "key model.pairs: found 'some'; expected all or rows"),
-        ("model.centres=1", "key model.centres: found 1; expected 2 to 65536"),
-        ("model.dropout=1", "key model.dropout: found 1.0; expected 0 up to"),
+        ("model.dim=0", r"model\.dim.*0.*at least 1"),
+        ("model.dictionaries=0", r"model\.dictionaries.*0.*at least 1"),
+        ("model.begin=0", r"model\.begin.*0.*at least 1"),
+        ("model.branches=deep", r"model\.branches.*deep.*residual or plain"),
+        ("model.pairs=some", r"model\.pairs.*some.*all or rows"),
+        ("model.centres=1", r"model\.centres.*1.*2 to 65536"),
+        ("model.dropout=1", r"model\.dropout.*1\.0.*0"),
     ],
 )
 def test_settings_of_hq_are_checked(feature_file: Path, override: str, expected: str) -> None:

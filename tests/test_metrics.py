@@ -492,7 +492,7 @@ def test_graded_labels_by_hand() -> None:
 def test_degrees_that_are_none_are_refused(value: float, side: str) -> None:
     found = graded_codes(0, "tenths")
     getattr(found, f"{side}_labels")[1, 1] = value
-    with pytest.raises(VhablError, match=f"{side} labels: found a negative or undefined degree"):
+    with pytest.raises(VhablError, match=f"{side} labels: a negative or undefined degree"):
         evaluate(found)
 
 

@@ -97,7 +97,7 @@ def assert_fails(call: Callable[[], Any], path: Path, parts: list[str]) -> None:
     with pytest.raises(VhablError) as caught:
         call()
     message = str(caught.value)
-    for part in (str(path), "found", "expected", *parts):
+    for part in (str(path), ". ", *parts):
         assert part in message, message
 
 
@@ -320,7 +320,7 @@ def test_hdf5_gives_nothing_of_other_files(how: str, tmp_path: Path) -> None:
         if how == "sparse":
             file.create_group("x").attrs["MATLAB_sparse"] = 1
             file["x"].create_dataset("jc", **stored)
-    found = r"x.mat: found .*lies in another file"
+    found = r"x\.mat.*lies in another file"
     with pytest.raises(VhablError, match=found):
         read_mat(tmp_path / "x.mat")
 
@@ -402,7 +402,7 @@ def test_one_column_of_0_and_1_is_refused_as_it_may_be_two_classes(tmp_path: Pat
     for role, rows in ROWS.items():
         arrays[f"L_{role}"] = np.arange(rows)[:, None] % 2
     write_mat5(path, arrays)
-    with pytest.raises(VhablError, match=r"key L_tr: found one column of 0 and 1.*class numbers"):
+    with pytest.raises(VhablError, match=r"key L_tr.*one column of 0 and 1.*class numbers"):
         load(features_config(path))
 
 
@@ -411,7 +411,7 @@ def test_features_that_float32_cannot_tell_apart_are_refused(tmp_path: Path) -> 
     for role in ROWS:
         arrays[f"I_{role}"] = arrays[f"I_{role}"] + 1.7e9
     write_mat5(path, arrays)
-    with pytest.raises(VhablError, match=r"key I_tr: found 1\.7e\+09 give or take "):
+    with pytest.raises(VhablError, match=r"key I_tr.*1\.7e\+09 give or take"):
         load(features_config(path))
     for role, rows in ROWS.items():
         arrays[f"I_{role}"] = np.full((rows, 4), 1.7e9) + 1e6 * np.arange(rows)[:, None]
@@ -500,7 +500,7 @@ BAD_FEATURES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "label half": (set_value("L_te", 0.5), ["L_te", "0.5 in row 2, column 1", "0 and 1"]),
     "label negative": (set_value("L_db", -1), ["L_db", "-1 in row 2, column 1", "0 and 1"]),
     "label nan": (set_value("L_db", np.nan), ["L_db", "nan in row 2, column 1", "0 and 1"]),
-    "classes from 0": (set_labels(lambda c: c - 1), ["L_tr", "0 in row 1", "begin at 1"]),
+    "classes from 0": (set_labels(lambda c: c - 1), ["L_tr", "0 in row 1", "from 1"]),
     "fractional class": (set_labels(lambda c: c + 0.5), ["L_tr", "1.5 in row 1", "whole"]),
     "class nan": (
         feature_arrays() | set_labels(lambda c: c) | {"L_te": np.array([[1], [np.nan], [2]])},
@@ -537,7 +537,7 @@ def test_a_missing_key_is_named(tmp_path: Path, write: Write, key: str) -> None:
     path, arrays = tmp_path / "f.mat", feature_arrays()
     del arrays[key]
     write(path, {**arrays, "more": GRID})
-    assert_fails(lambda: load_features(path, features_config()), path, [f"key {key}:", "more"])
+    assert_fails(lambda: load_features(path, features_config()), path, [f"no key {key}", "more"])
 
 
 def test_wiki_is_the_same_in_both_versions() -> None:
@@ -585,8 +585,8 @@ def test_class_names_are_as_many_as_labels_have_columns(tmp_path: Path) -> None:
     path = tmp_path / "f.mat"
     write_mat5(path, feature_arrays())
     config = replace(features_config(path), class_names=["cat", "dog", "owl", "one too many"])
-    where = Path("key data.class_names")
-    assert_fails(lambda: load(config), where, ["4 names", "as labels have columns"])
+    where = Path("data.class_names")
+    assert_fails(lambda: load(config), where, ["4 names for 3 columns of labels"])
     assert load(replace(config, class_names=config.class_names[:3])).class_names[0] == "cat"
 
 
@@ -684,7 +684,7 @@ def test_images_are_found_with_the_folders_of_their_names(
     for name in ("red", "blue"):
         for file in (folder / "images" / name).iterdir():
             file.rename(folder / "images" / file.name)
-    with pytest.raises(VhablError, match=r"red/0\.png. and .*blue.*0\.png., both of which are"):
+    with pytest.raises(VhablError, match=r"red/0\.png' and.*blue\\\\0\.png' both"):
         read_pairs(folder, pairs_config())
 
 
@@ -788,9 +788,7 @@ def test_two_names_of_one_picture_are_refused(tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "p")
     names = ["red/0.png", "blue/0.png", *(f"{i}.png" for i in range(2, 7))]
     write_mat5(folder / "index.mat", {"index": names})
-    message = (
-        r"index\.mat: item 2: found 'red/0\.png' and 'blue/0\.png', both of which are .*0\.png"
-    )
+    message = r"index\.mat: item 2.*red/0\.png' and 'blue/0\.png' both.*0\.png"
     with pytest.raises(VhablError, match=message):
         read_pairs(folder, pairs_config())
 
@@ -843,7 +841,7 @@ def test_a_table_may_say_its_own_split(
     rows[5]["image"] = rows[1]["image"]
     load(replace(config, path=str(write_table(folder, "csv", rows))))
     assert "the images of 1 query are trained on too" in capsys.readouterr().err
-    for name, message in (("valid", "row 1: column split: found 'valid'"), ("train", "0 quer")):
+    for name, message in (("valid", "row 1: column split.*valid"), ("train", "0 quer")):
         only = [{**row, "split": name} for row in TABLE]
         with pytest.raises(VhablError, match=message):
             load(replace(config, path=str(write_table(folder, "csv", only))))
@@ -861,7 +859,7 @@ def test_items_of_one_image_stay_together() -> None:
         assert sorted([*query, *database]) == list(range(12))
         assert [row for row in range(12) if images[row] in learned] == sorted(train)
         assert len(query) in (2, 3) and len(asked) == 1 and len(learned) == 2
-    with pytest.raises(VhablError, match=r"key data.query: found 2; .*one image has all other"):
+    with pytest.raises(VhablError, match=r"data\.query.*2.*one image has all other"):
         draw(["a"] * 6, pairs_config(query=2, train=4))
 
 
@@ -984,7 +982,7 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], None], dict[str, Any], list[str]]] =
     "class numbers": (
         rewrite("label.mat", {"label": np.arange(7)[:, None]}),
         {},
-        ["label.mat", "0 in row 1", "class numbers that begin at 1"],
+        ["label.mat", "0 in row 1", "class numbers"],
     ),
     "no class": (rewrite("label.mat", {"label": np.zeros((7, 0))}), {}, ["label.mat", "(7, 0)"]),
     "label texts": (rewrite("label.mat", {"label": ["cat"] * 7}), {}, ["label.mat", "numbers"]),
@@ -1010,9 +1008,9 @@ BAD_PAIRS: dict[str, tuple[Callable[[Path], None], dict[str, Any], list[str]]] =
         {"class_names": ["a", "b", "c"]},
         ["data.class_names", "3 names", "2"],
     ),
-    "no query": (lambda p: None, {"query": -1}, ["data.query", "-1 and 3"]),
-    "one to train on": (lambda p: None, {"train": 1}, ["data.train", "2 and 1"]),
-    "too many": (lambda p: None, {"train": 6}, ["data.train", "2 and 6", "7 items"]),
+    "no query": (lambda p: None, {"query": -1}, ["data.query", "-1 queries and 3"]),
+    "one to train on": (lambda p: None, {"train": 1}, ["data.train", "2 queries and 1"]),
+    "too many": (lambda p: None, {"train": 6}, ["data.train", "2 queries and 6", "7 items"]),
     "rare words": (lambda p: None, {"min_count": 9}, ["data.min_count", "9"]),
 }
 
@@ -1029,7 +1027,7 @@ def test_bad_pairs_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(VhablError) as caught:
         load_pairs(folder, pairs_config(**changes))
     message = str(caught.value)
-    for part in ("found", "expected", *parts):
+    for part in (". ", *parts):
         assert part in message, message
 
 
@@ -1074,7 +1072,7 @@ def test_a_structure_beside_the_arrays_is_passed_over_and_named_where_it_is_aske
     write_mat73(path, {"x": GRID.astype(float), "options": {"rate": GRID}})
     found = read_mat(path)
     assert found.keys() == {"x"} and np.array_equal(found["x"], GRID)
-    with pytest.raises(VhablError, match="key options: found a structure; expected an array"):
+    with pytest.raises(VhablError, match=r"key options.*a structure.*an array"):
         read_mat(path, ["options"])
 
 
@@ -1090,7 +1088,7 @@ def test_captions_may_be_lines_of_a_text_file(tmp_path: Path) -> None:
         (folder / "caption.txt").write_bytes((newline.join(captions) + end).encode())
         assert_equal_splits(load_pairs(folder, pairs_config(min_count=1)), expected)
     (folder / "caption.txt").write_bytes(b"\xff\xfe\n" * 7)
-    with pytest.raises(VhablError, match=r"caption\.txt: found bytes that are not UTF-8"):
+    with pytest.raises(VhablError, match=r"caption\.txt.*bytes.*are not UTF-8"):
         load_pairs(folder, pairs_config())
 
 
@@ -1111,7 +1109,7 @@ def test_the_check_names_every_bad_image(
         "1 empty caption", "0 further captions", "0 items with the image of another one",
         "train: 3 items", "database: 5 items", "query: 2 items", "no problem found",
     ]  # fmt: skip
-    with pytest.raises(VhablError, match="nowhere: found no such file or folder"):
+    with pytest.raises(VhablError, match=r"nowhere.*no such file or folder"):
         data_command.main(["check", str(file)])
 
     images = sorted(folder.rglob("*.png"))
@@ -1125,7 +1123,7 @@ def test_the_check_names_every_bad_image(
     named = [next(i for i in images if str(i) in line) for line in lines]
     assert sorted(named) == sorted(set(images) - {images[4]})  # all but the one that is small
     said = dict(zip(named, lines, strict=True))
-    assert said[images[0]].startswith("error: ") and "found no such file" in said[images[0]]
+    assert said[images[0]].startswith("error: ") and "no such file" in said[images[0]]
     assert "cannot be read" in said[images[2]] and "cannot be read" in said[images[3]]
     assert "decompression bomb" in said[images[5]]
 
@@ -1149,7 +1147,7 @@ def test_the_check_of_disagreeing_files_says_so(tmp_path: Path) -> None:
     write_mat5(folder / "caption.mat", {"caption": CAPTIONS[:5]})
     file = tmp_path / "pairs.yaml"
     file.write_text(f"name: mine\nkind: pairs\npath: {folder}\nquery: 2\ntrain: 3\n")
-    with pytest.raises(VhablError, match="found 5 captions, 7 images and 7 label rows"):
+    with pytest.raises(VhablError, match="5 captions, 7 images and 7 label rows"):
         data_command.main(["check", str(file)])
     with pytest.raises(VhablError, match=r"pairs\.yaml: unknown key 'data\.sise'"):
         file.write_text("name: mine\nsise: 2\n")
@@ -1248,9 +1246,9 @@ def test_a_0_or_1_for_each_class_is_a_row_of_labels(
     pairs = labelled(tmp_path, kind, cells, class_names=names)
     assert pairs.class_names == names and pairs.ids == ["0.png", "1.png"]
     assert pairs.labels.tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
-    with pytest.raises(VhablError, match="labels: found 4 numbers of 0 and 1 a row; expected"):
+    with pytest.raises(VhablError, match=r"labels.*4 numbers of 0 and 1 a row"):
         labelled(tmp_path / "without", kind, cells)
-    with pytest.raises(VhablError, match=r"a row; .*data\.class_names"):
+    with pytest.raises(VhablError, match=r"a row.*data\.class_names"):
         labelled(tmp_path / "fewer", kind, cells, class_names=names[:3])
 
 
@@ -1296,10 +1294,32 @@ def test_class_numbers_are_names_even_where_they_are_0_and_1(tmp_path: Path) -> 
     ],
 )
 def test_a_cell_that_holds_no_names_is_refused(tmp_path: Path, kind: str, cell: Any) -> None:
-    message = r"items\..*: row 2: column labels: found .*; expected (names of classes|0 and 1 with)"
+    message = r"items\..*: row 2: column labels: .*(Give names of classes|between 0 and 1)"
     with pytest.raises(VhablError, match=message) as caught:
         labelled(tmp_path, kind, ["square", cell])
     assert len(str(caught.value).removeprefix(str(tmp_path))) < 250
+
+
+def test_class_names_that_may_be_one_or_several_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = ["Red", "red ", "blue, square", "caf\u00e9", "cafe\u0301"]
+    assert labelled(tmp_path, "jsonl", cells).class_names == ["Red", "blue, square", "café", "red"]
+    said = capsys.readouterr().err
+    assert "the classes 'Red' and 'red' differ in case alone" in said
+    assert "is 'blue, square' one class? data.separator is ';'" in said
+    labelled(tmp_path / "b", "csv", ["red;blue", "square"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class_name(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p")
+    content = "\ufeffred\nblue\n"
+    (folder / "classes.txt").write_text(content, encoding="utf-8")
+    assert read_pairs(folder, pairs_config()).class_names == ["red", "blue"]
+    (folder / "classes.txt").write_text("red\nred\n")
+    with pytest.raises(VhablError, match=r"classes\.txt: a name comes twice"):
+        read_pairs(folder, pairs_config())
 
 
 def test_captions_are_texts_or_lists_of_them(
@@ -1322,7 +1342,7 @@ def test_captions_are_texts_or_lists_of_them(
     for cell in ({"raw": "a dog"}, [{"en": "a dog"}], '{"raw": "a dog"}', True, [["a"]], 3):
         rows[1]["caption"] = cell
         path = write_table(folder, "jsonl", rows)
-        with pytest.raises(VhablError, match="row 2: column caption: found "):
+        with pytest.raises(VhablError, match=r"row 2: column caption: .*Give a text"):
             read_table(path, table_config())
 
 
@@ -1332,28 +1352,36 @@ def test_columns_of_a_table_have_names_of_their_own(tmp_path: Path) -> None:
     names = {"image_column": "file", "caption_column": "text", "label_column": "tags"}
     found = read_table(write_table(folder, "csv", rows), table_config(**names))
     assert found.captions == CAPTIONS
-    with pytest.raises(VhablError, match=r"columns file, text, tags; expected 'image' \(key data"):
+    with pytest.raises(VhablError, match=r"no column .image., only file, text, tags.*image_column"):
         read_table(folder / "items.csv", table_config())
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", b"image,caption,labels\n1.png,x,even\n,x,odd\n", "row 2: column image: found ''"),
-        ("a.csv", b"image,caption,labels\n1.png,x,\n", "column labels: found no label in any row"),
-        ("a.csv", b"", "column labels: found no label in any row"),
-        ("a.csv", b"image,caption,labels\n\xff,x,y\n", "line 2: found bytes that are not UTF-8"),
-        ("a.csv", "image,caption,labels\n1,\u72d7,x\n".encode("gbk"), "line 2: found bytes that"),
-        ("a.jsonl", '{"caption": "é"}'.encode("utf-16"), "line 1: found bytes that are not UTF-8"),
-        ("a.csv", b"image;caption;labels\n1.png;a;x\n", "line 1: found ';' between the columns"),
-        ("a.csv", b'image,caption,labels\n1.png,"x"y,even\n', "found content that cannot be read"),
-        ("a.csv", b"image,caption,labels\n1.png,a, b,even\n", "row 1: found more or fewer cells"),
-        ("a.csv", b"image,caption,labels\n1.png,a\n", "row 1: found more or fewer cells"),
-        ("a.jsonl", b'{"image": "1.png"\n', "line 1: found text that is not JSON"),
-        ("a.jsonl", b"[" * 100_000, "line 1: found text that is not JSON"),
-        ("a.jsonl", b"[1]\n", "line 1: found a list; expected an object"),
-        ("a.xlsx", b"x", "found a file name that ends with '.xlsx'"),
-        ("a.parquet", b"x", "a.parquet: found "),
+        (
+            "a.csv",
+            b"image,caption,labels\n1.png,x,even\n,x,odd\n",
+            "row 2: column image: ''. Give a file name",
+        ),
+        ("a.csv", b"image,caption,labels\n1.png,x,\n", "column labels: no row has a label"),
+        ("a.csv", b"", "column labels: no row has a label"),
+        ("a.csv", b"image,caption,labels\n\xff,x,y\n", "line 2: its bytes are not UTF-8"),
+        (
+            "a.csv",
+            "image,caption,labels\n1,\u72d7,x\n".encode("gbk"),
+            "line 2: its bytes are not UTF-8. Save it",
+        ),
+        ("a.jsonl", '{"caption": "é"}'.encode("utf-16"), "line 1: its bytes are not UTF-8"),
+        ("a.csv", b"image;caption;labels\n1.png;a;x\n", "line 1: ';' stands between the columns"),
+        ("a.csv", b'image,caption,labels\n1.png,"x"y,even\n', "it cannot be read"),
+        ("a.csv", b"image,caption,labels\n1.png,a, b,even\n", "row 1: more or fewer cells"),
+        ("a.csv", b"image,caption,labels\n1.png,a\n", "row 1: more or fewer cells"),
+        ("a.jsonl", b'{"image": "1.png"\n', "line 1: this is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: this is not JSON"),
+        ("a.jsonl", b"[1]\n", "line 1: a list. Each line must be an object"),
+        ("a.xlsx", b"x", "no table ends with '.xlsx'"),
+        ("a.parquet", b"x", "a.parquet: "),
     ],
 )
 def test_a_bad_table_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -1366,7 +1394,7 @@ def test_a_bad_table_is_named(tmp_path: Path, name: str, content: bytes, said: s
 
 def test_a_label_that_is_no_class_is_named(tmp_path: Path) -> None:
     path = write_table(write_pairs(tmp_path / "p"), "csv")
-    with pytest.raises(VhablError, match=r"items\.csv: row 2: found label 'odd'; expected one of"):
+    with pytest.raises(VhablError, match=r"items\.csv: row 2.*label 'odd.*of"):
         read_table(path, table_config(class_names=["even"]))
 
 
@@ -1507,7 +1535,9 @@ def test_texts_in_another_order_keep_their_labels(
     for split in (part.train, part.database, part.query):
         rows = np.flatnonzero(np.isin(data.train.ids, split.ids))
         np.testing.assert_array_equal(split.text_labels, data.train.text_labels[rows])
-    assert_fails(lambda: collection(ARRAYS, EncoderConfig()), Path("arrays"), ["another order"])
+    assert_fails(
+        lambda: collection(ARRAYS, EncoderConfig()), Path("arrays"), ["not one item", "needs pairs"]
+    )
     arrays["train_text_label"][0] = np.roll(arrays["train_text_label"][0], 1)  # nothing else moves
     write_arrays(tmp_path / "arrays", arrays)
     assert load(ARRAYS).fingerprint not in (data.fingerprint, paired.fingerprint)
@@ -1587,8 +1617,8 @@ def objects(values: np.ndarray) -> np.ndarray:
 
 PICTURES = "items x height x width x 3 of uint8 or real numbers"
 BAD_ARRAYS: dict[str, tuple[dict[str, np.ndarray], list[str]]] = {
-    "objects": (with_array("train_image", objects), ["train_image.npy", "damaged or foreign"]),
-    "label objects": (with_array("vali_label", objects), ["vali_label.npy", "damaged or foreign"]),
+    "objects": (with_array("train_image", objects), ["train_image.npy", "damaged or of another"]),
+    "label objects": (with_array("vali_label", objects), ["vali_label.npy", "damaged or"]),
     "no items": (with_array("test_text", lambda a: a[:0]), ["test_text.npy"]),
     "a number": (with_array("test_text", lambda a: np.array(3.0)), ["test_text.npy", "()"]),
     "words": (with_array("test_text", lambda a: a.astype(str)), ["test_text.npy", "<U"]),
@@ -1699,22 +1729,26 @@ class Code:
 def test_no_code_in_arrays_is_run(tmp_path: Path) -> None:
     folder = write_arrays(tmp_path / "arrays", picture_arrays())
     np.save(folder / "test_label.npy", np.array([Code()]), allow_pickle=True)
-    assert_fails(lambda: load(ARRAYS), Path("arrays/test_label.npy"), ["damaged or foreign"])
+    assert_fails(
+        lambda: load(ARRAYS), Path("arrays/test_label.npy"), ["damaged or of another kind"]
+    )
     (folder / "test_label.npy").write_bytes(pickle.dumps(Code()))
-    assert_fails(lambda: load(ARRAYS), Path("arrays/test_label.npy"), ["damaged or foreign"])
+    assert_fails(
+        lambda: load(ARRAYS), Path("arrays/test_label.npy"), ["damaged or of another kind"]
+    )
     assert not Path("trace").exists()
 
 
 def test_arrays_are_refused_where_an_encoder_takes_other_inputs(tmp_path: Path) -> None:
-    where = Path("key encoder.name")
+    where = Path("encoder.name")
     write_arrays(tmp_path / "arrays", picture_arrays())
     towers = EncoderConfig("clip", weights="")
     assert_fails(lambda: load(ARRAYS, towers), where, ["'clip'", "bags of words", "arrays"])
     write_arrays(tmp_path / "arrays", feature_images(picture_arrays()))
-    parts = ["'cnn' with features", "train_image.npy", "N x h x w x 3"]
+    parts = ["features", "train_image.npy", "N x h x w x 3"]
     assert_fails(lambda: load(ARRAYS, CNN), where, parts)
     named = replace(ARRAYS, class_names=["one", "two"])
-    assert_fails(lambda: load(named), Path("key data.class_names"), ["2 names", "3, as labels"])
+    assert_fails(lambda: load(named), Path("data.class_names"), ["2 names", "3 columns of labels"])
 
 
 def test_the_check_looks_at_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

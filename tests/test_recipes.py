@@ -75,7 +75,7 @@ def test_a_recipe_runs_whole(recipe: Path, tmp_path: Path) -> None:
     if run.method.any_length:
         assert run.method.encode(data.query.inputs(), other)
     else:
-        with pytest.raises(VhablError, match=f"key bits: found {other}; expected a code length"):
+        with pytest.raises(VhablError, match=f"bits is {other}, but must be a code length"):
             run.method.encode(data.query.inputs(), other)
 
 

@@ -380,7 +380,7 @@ def test_a_damaged_run_stops_the_report(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(b"none")
-    with pytest.raises(VhablError, match=r"weights\.safetensors: found a damaged"):
+    with pytest.raises(VhablError, match=r"weights\.safetensors: the file is damaged"):
         page.write(tmp_path / "report", ROWS, [folder], [])
     assert not (tmp_path / "report").exists()
 

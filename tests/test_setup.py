@@ -128,7 +128,9 @@ def test_cuda_packages_are_refused_unless_asked_for(project: Path, server: str) 
     code, err, names, _ = set_up(project, f"{server}/cuda", NOWHERE)
     assert code == 2 and "torch" not in names and "project" not in names
     last = err.splitlines()[-1]
-    assert last.startswith("error: torch: found no NVIDIA driver, no answer from torch's CPU index")
+    assert last.startswith(
+        "error: torch: there is no NVIDIA driver, torch's CPU index does not answer"
+    )
     assert "VHABL_TORCH_CPU_INDEX" in last and "VHABL_CUDA=1" in last
     code, err, names, torch = set_up(project, f"{server}/cuda", NOWHERE, VHABL_CUDA="1")
     assert code == 0, err

@@ -108,12 +108,12 @@ def test_parts_that_do_not_make_the_whole_are_not_merged() -> None:
     assert whole.codes["fused"].tolist() == [[0], [1], [2], [3], [4]]
     uneven = Part(5, ["id 5"], {"fused": np.zeros((2, 1), np.uint8)})
     for some, wanted, message in (
-        (found[:2], ids, "found ids of 3 items; expected those of the 5 asked for"),
-        (found, [*ids[:4], "other"], "found ids of 5 items; expected those of the 5 asked for"),
-        ([found[2], found[0]], ids, "2.npz: found items from number 3 on; expected those from 0"),
-        ([found[0], found[0]], ids, "0.npz: found items from number 0 on; expected those from 3"),
-        ([*found, written(3, uneven)], [*ids, "id 5"], "3.npz: found items from number 5 on"),
-        ([*found, Shard(Path("9.npz"), "")], ids, "9.npz: found no such shard, or another"),
+        (found[:2], ids, "ids of 3 items.*5 asked for"),
+        (found, [*ids[:4], "other"], r"ids of 5 items.*5 asked for"),
+        ([found[2], found[0]], ids, "2.npz: items from number 3 on, not from 0"),
+        ([found[0], found[0]], ids, "0.npz: items from number 0 on, not from 3"),
+        ([*found, written(3, uneven)], [*ids, "id 5"], "3.npz: items from number 5 on"),
+        ([*found, Shard(Path("9.npz"), "")], ids, "9.npz: no such shard, or another"),
     ):
         with pytest.raises(VhablError, match=message):
             shards.merge(some, wanted)
@@ -263,7 +263,7 @@ def test_what_fails_on_any_rank_is_said_once_by_rank_0(
     asked = ["--checkpoint", "run", "--table", pairs / "t.csv", "--out", "c.npz"]
     whole = picture.read_bytes()
     picture.write_bytes(b"")
-    with pytest.raises(VhablError, match=r"59.png: found an image that cannot be read"):
+    with pytest.raises(VhablError, match=r"59\.png.*image.*cannot be read"):
         run(3, *asked)
     assert not Path("c.npz").exists() and capsys.readouterr() == ("", "")
     assert sorted(p.name for p in Path("c.npz.shards").iterdir()) == ["1-of-3.npz", "2-of-3.npz"]
@@ -275,12 +275,12 @@ def test_what_fails_on_any_rank_is_said_once_by_rank_0(
     for given, message in (
         (
             ["--checkpoint", "nowhere", "--text", "a", "--out", "c.npz"],
-            "nowhere: found no such folder",
+            r"nowhere.*no such folder",
         ),
-        (["--checkpoint", "run", "--text", "a"], "argument --out: found nothing, with 3 processes"),
-        ([*asked, "a=b"], "argument a=b: found no --data; expected keys of a data set beside"),
-        ([*asked, "--bits", 9], "key bits: found 9; expected a code length"),
-        ([*asked[:-1], "c.txt"], "argument --out c.txt: found another ending"),
+        (["--checkpoint", "run", "--text", "a"], "--out: 3 processes cannot print codes"),
+        ([*asked, "a=b"], "argument a=b: it is a key of a data set. Give one: --data"),
+        ([*asked, "--bits", 9], "bits is 9, but must be a code length"),
+        ([*asked[:-1], "c.txt"], "--out is c.txt, but must be a name that ends with .npz"),
     ):
         with pytest.raises(VhablError, match=message):
             run(3, *given)
@@ -345,7 +345,7 @@ def test_a_rank_that_died_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ranks.dist, "all_gather_object", closed)
     for rank in (0, 1):
-        with pytest.raises(VhablError, match="processes: found one that died or cannot be"):
+        with pytest.raises(VhablError, match=r"processes.*one.*died or cannot be"):
             Ranks(rank, 3, rank).everywhere(lambda: 1)
 
 
@@ -392,4 +392,4 @@ def test_a_killed_rank_ends_the_command_and_the_next_run_goes_on(tmp_path: Path)
     assert "note: kept shard 1 of 2\n" in err and "shard 2" not in err
     assert content("one.npz") == content("two.npz") and not Path("two.npz.shards").exists()
     code, _, err = ended(torchrun("-m", "vhabl.encode", *asked, "two.txt"))
-    assert code != 0 and err.count("error: argument --out two.txt: found") == 1
+    assert code != 0 and err.count("error: --out is two.txt, but must be") == 1

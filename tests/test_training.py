@@ -185,7 +185,7 @@ def test_a_stop_is_a_message_and_an_exit_code(capsys: pytest.CaptureFixture[str]
 def test_a_folder_has_one_training_at_a_time(feature_file: Path) -> None:
     config = small_config(feature_file, "nested_mlp", "out=run", "epochs=1")
     data = load_data(config.data)
-    with alone(Path("run")), pytest.raises(VhablError, match="run: found another process that wri"):
+    with alone(Path("run")), pytest.raises(VhablError, match="run: another process wri"):
         train.train(config, data, progress_bar=False)
     assert list(Path("run").iterdir()) == []
     train.train(config, data, progress_bar=False)
@@ -199,7 +199,7 @@ def test_resume_names_the_key_that_differs(feature_file: Path) -> None:
     Trainer(config, data, False).run()
     assert Path("run", STATE_FILE).exists()
     changed = override(config, ["resume=true", "optim.lr=0.5"])
-    with pytest.raises(VhablError, match=r"state.pt: key optim.lr: found .*expected 0.5"):
+    with pytest.raises(VhablError, match=r"state.pt: optim.lr was .* and is 0.5 now"):
         Trainer(changed, data, False).run()
 
 
@@ -219,7 +219,7 @@ def test_resume_refuses_a_damaged_state(feature_file: Path) -> None:
         (bomb.getvalue(), "an archive of 268,435,457 bytes"),
     ):  # fmt: skip
         state.write_bytes(content)
-        with pytest.raises(VhablError, match=rf"state\.pt: found a damaged state \({why}"):
+        with pytest.raises(VhablError, match=rf"state\.pt: the state is damaged \({why}"):
             Trainer(override(config, ["resume=true"]), data, False).run()
 
 
@@ -396,10 +396,10 @@ def test_a_failure_while_writing_leaves_the_old_run(
 
 
 def test_wrong_devices_are_named() -> None:
-    with pytest.raises(VhablError, match=r"key device: found 'tpu9'"):
+    with pytest.raises(VhablError, match=r"device is 'tpu9'"):
         pick_device("tpu9")
     if not torch.cuda.is_available():
-        with pytest.raises(VhablError, match=r"key device: found 'cuda' with 0 CUDA devices"):
+        with pytest.raises(VhablError, match=r"device 'cuda': 0 CUDA devices"):
             pick_device("cuda")
 
 
@@ -412,7 +412,7 @@ def test_a_gpu_with_a_number_is_what_cuda_means(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert [pick_device(name).index for name in ("cuda", "cuda:1", "auto")] == [None, 1, None]
     assert current == [torch.device("cuda:1")] and not torch.backends.cudnn.allow_tf32
-    with pytest.raises(VhablError, match=r"'cuda:2' with 2 CUDA devices"):
+    with pytest.raises(VhablError, match=r"cuda:2.*2 CUDA devices"):
         pick_device("cuda:2")
 
 
@@ -607,7 +607,7 @@ def test_resume_refuses_a_state_of_other_data(feature_file: Path) -> None:
     data = load_data(config.data)
     Trainer(config, data, False).run()
     other = replace(data, fingerprint="0" * 32)
-    with pytest.raises(VhablError, match=r"state\.pt: found a state of other data"):
+    with pytest.raises(VhablError, match=r"state\.pt: it was trained on other data"):
         Trainer(override(config, ["resume=true"]), other, False).run()
 
 
@@ -665,7 +665,7 @@ def test_rates_are_scaled_by_the_longest_name_that_a_parameter_begins_with() -> 
     torch.stack([p.sum() for p in parameters]).sum().backward()
     optimizer.step()
     assert parameters[3].item() == 1 and all(p.item() < 1 for p in parameters[:3])
-    with pytest.raises(VhablError, match=r"optim\.lr_scale\.fusio: found no such part; expected a"):
+    with pytest.raises(VhablError, match=r"optim\.lr_scale\.fusio: no such part. Name a"):
         build_optimizer(groups, named, replace(config, lr_scale={"fusio": 1.0}))
 
 

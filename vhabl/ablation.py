@@ -191,7 +191,8 @@ def main(arguments: list[str]) -> int:
     }
     if given.only and len(chosen) == 1:
         known = ", ".join(possible)
-        errors.fail("argument --only", " ".join(given.only), f"a part of one of: {known}")
+        do = f"Choose among {known}"
+        errors.fail(f"--only {' '.join(given.only)}", "no component has this in its name", do)
     jobs = [(n, o, s) for n, o in chosen.items() for s in given.seeds]
     for name, changes, seed in tqdm(jobs, desc="ablation", unit="run", disable=None):
         run = [f"seed={seed}", f"out={folder / 'state'}", "codes=none"]

@@ -51,6 +51,7 @@ def read_apart(
     Raises VhablError, with what was expected of the file, where reading fails, ends the process, or
     takes more than the content of a file of this size may.
     """
+    must = f"It must be {expected}"
     seconds = SECONDS + path.stat().st_size // 2**20
     ours, theirs = os.pipe()
     if hasattr(fcntl, "F_SETPIPE_SZ"):  # fewer turns of the two processes
@@ -67,7 +68,7 @@ def read_apart(
         with open(ours, "rb") as pipe:  # noqa: PTH123 - a number of a file
             return dict(_received(pipe))
     except _Failed as error:
-        fail(path, f"a damaged or truncated file ({error})", expected)
+        fail(path, f"the file is damaged or truncated ({error})", must)
     except (EOFError, pickle.UnpicklingError):
         _, status = os.waitpid(process, 0)
         process = 0
@@ -78,8 +79,8 @@ def read_apart(
             os.waitpid(process, 0)
     ended = -os.waitstatus_to_exitcode(status)
     if ended == signal.SIGXCPU:
-        fail(path, f"a file whose reading does not end in {seconds} s", expected)
-    fail(path, f"a damaged file that ends its reader (signal {ended})", expected)
+        fail(path, f"reading it did not end in {seconds} s", must)
+    fail(path, f"the file is damaged and ended its reader (signal {ended})", must)
 
 
 class _Failed(Exception):

@@ -65,7 +65,8 @@ def frozen_outputs(
         here.gather(None)  # it is written
         kept = _open(path, made_with, stores)
     if kept is None:
-        fail(path, "no such file on one of the machines", "a folder that all of them share")
+        do = "Set cache to a folder that all of them share"
+        fail(path, "one of the machines has no such file", do)
 
     def swap(split: Split) -> Split:
         own = {view: getattr(split, view) for view in stores}

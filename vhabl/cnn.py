@@ -41,7 +41,8 @@ def build_network(name: str, weights: str, option: str) -> nn.Module:
             fail(
                 f"{option}{weights}",
                 "no such file",
-                f"a file such as {known['DEFAULT'].url}, or one of {', '.join(known.__members__)}",
+                f"Give a file such as {known['DEFAULT'].url}, or one of "
+                f"{', '.join(known.__members__)}",
             )
         check_state(network, state, where, name)
         network.load_state_dict(state)
@@ -59,25 +60,22 @@ def download(entry: Any, option: str) -> dict[str, Tensor]:
             weights_only=True,
         )  # fmt: skip
     except Exception as error:  # whatever a network raises
-        fail(
-            f"weights {entry.name}",
-            f"no whole file at {entry.url} ({brief(error)})",
-            f"a network, or that file brought here: {option}{file}",
-        )
+        do = f"Connect to a network, or fetch that file elsewhere and give it: {option}{file}"
+        fail(f"weights {entry.name}", f"{entry.url} cannot be downloaded ({brief(error)})", do)
     return state
 
 
 def check_state(network: nn.Module, state: dict[str, Tensor], where: str, name: str) -> None:
     """Raise VhablError, naming a tensor, unless the weights are the network's and finite."""
-    expected, wanted = network.state_dict(), f"the weights of {name}"
+    expected, wanted = network.state_dict(), f"It must be the weights of {name}"
     for key, tensor in expected.items():
         if key not in state:
-            fail(where, f"no {key}", wanted)
+            fail(where, f"no tensor {key}", wanted)
         if state[key].shape != tensor.shape:
             shapes = [tuple(t.shape) for t in (state[key], tensor)]
-            fail(where, f"{key} of shape {shapes[0]}", f"{shapes[1]}, as {name} has")
+            fail(where, f"{key} has the shape {shapes[0]}", f"{name} needs {shapes[1]}")
         if not torch.isfinite(state[key]).all():
-            fail(where, f"values in {key} that are not finite", "finite weights")
+            fail(where, f"{key} has values that are not finite", "Take other weights")
     for key in state:
         if key not in expected:
-            fail(where, f"an unknown {key}", wanted)
+            fail(where, f"an unknown tensor {key}", wanted)

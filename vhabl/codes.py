@@ -114,33 +114,27 @@ def load(path: Path) -> dict[str, Codes]:
             "t2t": ("q_txt", "r_txt"),
         }
     else:
-        fail(path, f"keys {', '.join(sorted(arrays)) or 'none'}", _LAYOUT)
+        fail(path, f"its keys are {', '.join(sorted(arrays)) or 'none'}", f"It must be {_LAYOUT}")
     needed = dict.fromkeys(judges.values())
     for key in needed:
         if key not in arrays:
-            fail(f"{path}: key {key}", "nothing", _LAYOUT)
+            fail(path, f"no key {key}", f"It must be {_LAYOUT}")
     labels = as_labels(path, {key: arrays[key] for key in needed}, lambda key: f"{path}: key {key}")
     result = {}
     for task, (query_key, database_key) in tasks.items():
         query = _codes(path, query_key, arrays[query_key])
         database = _codes(path, database_key, arrays[database_key])
         if query.shape[1] != database.shape[1]:
-            fail(
-                f"{path}: keys {query_key} and {database_key}",
-                f"{query.shape[1]} and {database.shape[1]} bits",
-                "the same number",
-            )
+            what = f"{query.shape[1]} bits in {query_key}, {database.shape[1]} in {database_key}"
+            fail(path, what, "Both must have as many")
         query_labels, database_labels = labels[judges[query_key]], labels[judges[database_key]]
         for key, codes, rows in (
             (query_key, query, query_labels),
             (database_key, database, database_labels),
         ):
             if len(codes) != len(rows):
-                fail(
-                    f"{path}: key {key}",
-                    f"{len(codes)} codes for {len(rows)} label rows",
-                    "as many",
-                )
+                do = "Give one for each"
+                fail(f"{path}: key {key}", f"{len(rows)} label rows for {len(codes)} codes", do)
         oracle = _ORACLE in arrays
         result[task] = Codes(query, database, query_labels, database_labels, oracle)
     return result
@@ -165,14 +159,14 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             if isinstance(array, np.ndarray) and array.dtype.kind == "U":
                 texts(array)
     except FileNotFoundError:
-        fail(path, "no such file", expected)
+        fail(path, "no such file", f"Give {expected}")
     except Exception as error:  # damaged bytes raise many types
-        fail(path, f"a file that cannot be read ({brief(error)})", expected)
+        fail(path, f"it cannot be read ({brief(error)})", f"It must be {expected}")
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-        fail(path, "an archive of other files", expected)
+        fail(path, "an archive of other files", f"It must be {expected}")
     bits = arrays.pop("bits", None)
     if bits is None or bits.size != 1 or not np.issubdtype(bits.dtype, np.integer):
-        fail(f"{path}: key bits", "nothing", "the code length")
+        fail(path, "no key bits", "It must say the code length")
     length = int(bits.reshape(-1)[0])
     for key, array in arrays.items():
         if (
@@ -182,26 +176,22 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             and not key.endswith("_l")
         ):
             if length < 1 or array.shape[1] != -(-length // 8):
-                fail(
-                    f"{path}: key {key}",
-                    f"{array.shape[1]} bytes a code",
-                    f"{-(-length // 8)} for {length} bits",
-                )
+                do = f"{length} bits take {-(-length // 8)}"
+                fail(f"{path}: key {key}", f"{array.shape[1]} bytes a code", do)
             arrays[key] = unpack(array, length)
     return arrays
 
 
 def _codes(path: Path, key: str, values: np.ndarray) -> np.ndarray:
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-        fail(
-            f"{path}: key {key}",
-            f"shape {values.shape} of type {values.dtype}",
-            "numbers, items x bits",
-        )
+        do = "It must be numbers, items x bits"
+        fail(f"{path}: key {key}", f"shape {values.shape} of type {values.dtype}", do)
     found = np.unique(values)
     if not np.isin(found, (-1, 0, 1)).all():
         shown = ", ".join(f"{v:g}" for v in found[~np.isin(found, (-1, 0, 1))][:3])
-        fail(f"{path}: key {key}", f"values such as {shown}", "codes of -1 and +1 (or 0 and 1)")
+        fail(
+            f"{path}: key {key}", f"values such as {shown}", "Codes must be -1 and +1 (or 0 and 1)"
+        )
     if -1 in found and 0 in found:
         zeros = int((values == 0).sum())
         note(f"{path}: key {key}: {plural(zeros, 'zero')} of a sign function taken as +1")

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from vhabl import cnn, encoders, methods, openclip
-from vhabl.errors import VhablError, brief, fail
+from vhabl.errors import VhablError, bad_value, brief, fail
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import (
     REQUIRED,
@@ -245,7 +245,7 @@ def key_types(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 def _known_method(method: Any, where: object) -> str:
     if method not in methods.names():
-        fail(f"{where}: key method", repr(method), f"one of {', '.join(methods.names())}")
+        bad_value(f"{where}: method", repr(method), f"one of {', '.join(methods.names())}")
     return str(method)
 
 
@@ -301,19 +301,23 @@ def _layers(recipe: dict[str, Any], given: dict[str, Any], where: object) -> lis
     if chosen is None or isinstance(chosen, dict):
         return [(where, _flatten({**recipe, "data": chosen or {}})), (COMMAND_LINE, given)]
     if not isinstance(own_data, dict):
-        fail(f"{where}: key own_data", type(own_data).__name__, "data set names by name")
+        bad_value(
+            f"{where}: own_data", f"a {type(own_data).__name__}", "names of data sets by name"
+        )
     if given.get("protocol", recipe.get("protocol")) == "own":
         chosen = own_data.get(chosen, chosen)
     path = CONFIG_DIR / "data" / f"{chosen}.yaml"
     if not data_names():
-        fail(path.parent, "no such folder", "a clone of vhabl, installed with pip install -e")
+        fail(path.parent, "no such folder", "Install vhabl in its clone: pip install -e .")
     if chosen not in data_names():
-        fail("key data", repr(chosen), f"one of {', '.join(data_names())}")
+        bad_value("data", repr(chosen), f"one of {', '.join(data_names())}")
     if not isinstance(for_data, dict):
-        fail(f"{where}: key for_data", type(for_data).__name__, "data set names with overrides")
+        bad_value(
+            f"{where}: for_data", f"a {type(for_data).__name__}", "overrides by names of data sets"
+        )
     special = for_data.get(chosen) or {}
     if not isinstance(special, dict):
-        fail(f"{where}: key for_data.{chosen}", type(special).__name__, "keys with values")
+        bad_value(f"{where}: for_data.{chosen}", f"a {type(special).__name__}", "keys with values")
     return [
         (path, _flatten({"data": _read_yaml(path)})),
         (where, _flatten(recipe)),
@@ -344,7 +348,7 @@ def _merge(types: dict[str, Any], layers: Iterable[Layer]) -> dict[str, Any]:
             try:
                 converted = _convert(kind, value)
             except (TypeError, ValueError):
-                fail(f"{where}: key {name}", repr(value), _KINDS[kind])
+                bad_value(f"{where}: {name}", repr(value), _KINDS[kind])
             if table:  # its keys are names of their own: optim.lr_scale.fusion
                 merged[table] = {**merged.get(table, {}), name.removeprefix(f"{table}."): converted}
             else:
@@ -373,7 +377,7 @@ def _build(cls: Any, values: dict[str, Any], where: object, prefix: str = "") ->
             arguments[f.name] = values[name]
         elif f.default == REQUIRED:
             hint = f" (data=NAME, of {', '.join(data_names())})" if prefix == "data." else ""
-            fail(f"{where}: key {name}", "nothing", f"a value{hint}")
+            fail(where, f"{name} has no value", f"Set it: {name}=VALUE{hint}")
     return cls(**arguments)
 
 
@@ -395,9 +399,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        fail(path, "no such file", "a YAML file")
+        fail(path, "no such file", "Give a YAML file")
     except UnicodeDecodeError:
-        fail(path, "bytes that are not text", "a YAML file")
+        fail(path, "its bytes are not text", "It must be a YAML file")
     return _parse_yaml(text, path)
 
 
@@ -424,9 +428,9 @@ def _parse_yaml(text: str, where: object) -> dict[str, Any]:
     try:
         values = _value(text)
     except ValueError as error:
-        fail(where, f"text that is not YAML ({error})", "keys and values")
+        fail(where, f"this is not YAML ({error})", "Write keys and values")
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
-        fail(where, f"a {type(values).__name__}", "a YAML file of keys and values")
+        fail(where, f"it holds a {type(values).__name__}", "It must be YAML of keys and values")
     return values
 
 
@@ -435,11 +439,11 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         name, sign, value = text.partition("=")
         if not sign or not name:
-            fail(f"argument {text!r}", "no key=value", "such as epochs=60")
+            fail(f"argument {text!r}", "it has no key=value", "Write it as in epochs=60")
         try:
             given |= _flatten({name: _value(value) if value else ""})
         except ValueError:
-            fail(f"{COMMAND_LINE}: key {name}", repr(value), "a YAML value")
+            bad_value(f"{COMMAND_LINE}: {name}", repr(value), "a YAML value")
     return given
 
 
@@ -448,7 +452,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _require(ok: bool, name: str, found: Any, expected: str) -> None:
     if not ok:
-        fail(f"key {name}", repr(found), expected)
+        bad_value(name, repr(found), expected)
 
 
 def _check_bits(lengths: list[int]) -> None:
@@ -459,11 +463,13 @@ def _check_bits(lengths: list[int]) -> None:
 
 def _check_data(data: DataConfig) -> None:
     kinds = ("features", "pairs", "table", "npy")
-    _require(data.kind in kinds, "data.kind", data.kind, " | ".join(kinds))
+    _require(data.kind in kinds, "data.kind", data.kind, " or ".join(kinds))
+    differ = len(set(data.class_names)) == len(data.class_names) and all(data.class_names)
+    _require(differ, "data.class_names", data.class_names, "names that differ")
     _require(data.separator != "", "data.separator", "''", "a text")
     scales = ("standard", "global", "none")
-    _require(data.scale in scales, "data.scale", data.scale, " | ".join(scales))
-    _require(data.workers >= 0, "data.workers", data.workers, "0 or more")
+    _require(data.scale in scales, "data.scale", data.scale, " or ".join(scales))
+    _require(data.workers >= 0, "data.workers", data.workers, "at least 0")
     order = data.text_order
     _require(-1 <= order < 2**32, "data.text_order", order, "-1, or a seed from 0 to 2^32 - 1")
     plain = data.name not in ("", ".", "..") and not set("/\\\0") & set(data.name)
@@ -472,21 +478,23 @@ def _check_data(data: DataConfig) -> None:
 
 def _check_encoder(e: EncoderConfig) -> None:
     names = ("features", "clip", "cnn")
-    _require(e.name in names, "encoder.name", e.name, " | ".join(names))
+    _require(e.name in names, "encoder.name", e.name, " or ".join(names))
     known = e.name != "cnn" or e.model in cnn.NETWORKS
-    _require(known, "encoder.model", e.model, " | ".join(cnn.NETWORKS))
+    _require(known, "encoder.model", e.model, " or ".join(cnn.NETWORKS))
     tune = e.tune in ("frozen", "all") or (e.tune.isdecimal() and int(e.tune) > 0)
-    _require(tune, "encoder.tune", e.tune, "frozen | all | a number of blocks or layers")
-    _require(0 <= e.lr < math.inf, "encoder.lr", e.lr, "0 or more")
+    _require(tune, "encoder.tune", e.tune, "frozen, all or a number of blocks or layers")
+    _require(0 <= e.lr < math.inf, "encoder.lr", e.lr, "at least 0")
     side = e.side == 0 or 64 <= e.side <= 4096
     _require(side, "encoder.side", e.side, "0 or a side from 64 to 4096 pixels")
     _require(0 <= e.resize <= 4096, "encoder.resize", e.resize, "0 or a side up to 4096 pixels")
     _require(e.words >= 3, "encoder.words", e.words, "at least 3 tokens")
-    _require(0 <= e.image_noise < math.inf, "encoder.image_noise", e.image_noise, "0 or more")
-    _require(e.precision in ("auto", "float32"), "encoder.precision", e.precision, "auto | float32")
+    _require(0 <= e.image_noise < math.inf, "encoder.image_noise", e.image_noise, "at least 0")
+    _require(
+        e.precision in ("auto", "float32"), "encoder.precision", e.precision, "auto or float32"
+    )
     kinds = ("float16", "float32")
     kept = e.cache_precision
-    _require(kept in kinds, "encoder.cache_precision", kept, " | ".join(kinds))
+    _require(kept in kinds, "encoder.cache_precision", kept, " or ".join(kinds))
 
 
 def _check(c: Config) -> None:
@@ -494,35 +502,37 @@ def _check(c: Config) -> None:
     _check_data(c.data)
     for name in ("epochs", "save_every"):
         _require(getattr(c, name) >= 1, name, getattr(c, name), "a whole number of at least 1")
-    _require(c.batch_size >= 2, "batch_size", c.batch_size, "at least 2: losses compare items")
+    _require(c.batch_size >= 2, "batch_size", c.batch_size, "at least 2, as losses compare items")
     seeds = {"seed": c.seed, "data.split_seed": c.data.split_seed}
     for name, seed in {**seeds, "validation.seed": c.validation.seed}.items():
         _require(0 <= seed < 2**32, name, seed, "a whole number from 0 to 2^32 - 1")
     _require(0 <= c.threads <= 1024, "threads", c.threads, "a whole number from 0 to 1024")
     protocols = ("common", "own")
-    _require(c.protocol in protocols, "protocol", c.protocol, " | ".join(protocols))
+    _require(c.protocol in protocols, "protocol", c.protocol, " or ".join(protocols))
     plain = not set("/\\\0") & set(c.variant)
     _require(plain, "variant", c.variant, "a name that can be part of a path")
     _check_encoder(c.encoder)
     can = hasattr(methods.get(c.method), "encode_oracle")
     _require(
-        can or not c.oracle_labels, "oracle_labels", True, f"false: {c.method} has no such mode"
+        can or not c.oracle_labels, "oracle_labels", True, f"false, as {c.method} has no such mode"
     )
     o, v = c.optim, c.validation
-    _require(o.name in ("adam", "adamw", "sgd"), "optim.name", o.name, "adam | adamw | sgd")
+    _require(o.name in ("adam", "adamw", "sgd"), "optim.name", o.name, "adam, adamw or sgd")
     schedules = ("constant", "cosine")
-    _require(o.schedule in schedules, "optim.schedule", o.schedule, " | ".join(schedules))
-    _require(0 < o.lr < math.inf, "optim.lr", o.lr, "a number above 0")
+    _require(o.schedule in schedules, "optim.schedule", o.schedule, " or ".join(schedules))
+    _require(0 < o.lr < math.inf, "optim.lr", o.lr, "more than 0")
     for name in ("warmup", "momentum"):
-        _require(0 <= getattr(o, name) < 1, f"optim.{name}", getattr(o, name), "0 up to below 1")
+        _require(
+            0 <= getattr(o, name) < 1, f"optim.{name}", getattr(o, name), "at least 0 and below 1"
+        )
     ok = len(o.betas) == 2 and all(0 <= beta < 1 for beta in o.betas)
-    _require(ok, "optim.betas", o.betas, "two numbers from 0 up to below 1")
-    _require(0 < o.eps < math.inf, "optim.eps", o.eps, "a number above 0")
+    _require(ok, "optim.betas", o.betas, "two numbers of at least 0 and below 1")
+    _require(0 < o.eps < math.inf, "optim.eps", o.eps, "more than 0")
     for part, factor in o.lr_scale.items():
-        _require(0 <= factor < math.inf, f"optim.lr_scale.{part}", factor, "0 or more")
+        _require(0 <= factor < math.inf, f"optim.lr_scale.{part}", factor, "at least 0")
     for name in ("weight_decay", "clip", "averaging"):
-        _require(0 <= getattr(o, name) < math.inf, f"optim.{name}", getattr(o, name), "0 or more")
-    _require(0 <= v.fraction <= 0.5, "validation.fraction", v.fraction, "0 to 0.5")
+        _require(0 <= getattr(o, name) < math.inf, f"optim.{name}", getattr(o, name), "at least 0")
+    _require(0 <= v.fraction <= 0.5, "validation.fraction", v.fraction, "from 0 to 0.5")
     _require(v.every >= 1, "validation.every", v.every, "at least 1")
-    _require(v.patience >= 0, "validation.patience", v.patience, "0 or more")
+    _require(v.patience >= 0, "validation.patience", v.patience, "at least 0")
     methods.get(c.method).check_settings(c.model)

@@ -37,7 +37,7 @@ from vhabl.data import collection
 from vhabl.data.images import Picture, is_picture
 from vhabl.data.pairs import bag_of_words, describe_images, pictures, words
 from vhabl.data.table import read_items
-from vhabl.errors import fail, note, plural
+from vhabl.errors import bad_value, fail, note, plural
 from vhabl.evaluator import encode, relaxed_codes
 from vhabl.files import atomic_path
 from vhabl.ranks import Ranks
@@ -66,7 +66,8 @@ class Model:
         self.run = run
         self.method = run.method.to(pick_device(device)).eval()
         if self.method.oracle_labels:
-            fail(run.folder, "a model that encodes true labels", "one without oracle_labels")
+            do = "Give a run without oracle_labels"
+            fail(run.folder, "its codes are made from true labels", do)
 
     def encode(
         self,
@@ -104,8 +105,8 @@ class Model:
         vocabulary = self.method.spec.vocabulary
         unknown = [word for word in words(text) if word not in vocabulary] if vocabulary else []
         if vocabulary and len(unknown) == len(words(text)):
-            found = f"no word that the model knows in {text[:80]!r}"
-            fail("text", found, "words of its training captions")
+            do = "Use words of its training captions"
+            fail("text", f"the model knows no word of {text[:80]!r}", do)
         return unknown
 
     def _run(
@@ -135,10 +136,10 @@ class Model:
     ) -> tuple[dict[str, np.ndarray], int]:
         """What `run` gives, and how many texts were cut, which it does not say."""
         if images is None and texts is None:
-            fail("images and texts", "neither", "one of them, or both")
+            fail("images and texts", "neither is given", "Give one of them, or both")
         bits = self.method.bits if bits is None else bits
         if not isinstance(bits, int):
-            fail("key bits", repr(bits), "a whole number")
+            bad_value("bits", repr(bits), "a whole number")
         self.method.check_length(bits)
         image = None if images is None else self._image(images)
         text, cut = (None, 0) if texts is None else self._text(texts)
@@ -146,7 +147,7 @@ class Model:
         if image is not None and text is not None and self.method.task == "fused":
             if len(image) != len(text):
                 found = f"{plural(len(image), 'image')} and {plural(len(text), 'text')}"
-                fail("images and texts", found, "as many of each: they are pairs")
+                fail("images and texts", found, "They are pairs: give as many of each")
             codes = self._codes(image, text, bits, "", progress_bar, run)
             if no_text.any():
                 rows = np.flatnonzero(no_text)
@@ -155,7 +156,7 @@ class Model:
                 codes["fused"][rows] = own["fused"]
             return codes, cut
         if no_text.any():
-            fail("texts", f"None as number {no_text.argmax() + 1}", "a text of each item")
+            fail("texts", f"None as number {no_text.argmax() + 1}", "Give a text of each item")
         result: dict[str, np.ndarray] = {}
         if image is not None:
             result |= self._codes(image, _nothing(len(image)), bits, "image", progress_bar, run)
@@ -216,19 +217,20 @@ def _features(what: str, given: Any, width: int) -> np.ndarray:
     except (TypeError, ValueError):
         features = np.zeros(0, np.float32)
     if features.ndim != 2 or features.shape[1] != width or not np.isfinite(features).all():
-        fail(what, f"{type(given).__name__} of shape {np.shape(features)}",
-             f"finite features [N, {width}]: the model was trained on features")  # fmt: skip
+        do = f"The model was trained on features: give finite ones, [N, {width}]"
+        fail(what, f"{type(given).__name__} of shape {np.shape(features)}", do)
     return features
 
 
 def _refuse_features(what: str, given: Any) -> None:
     known = (str, Path, Embedded, Image.Image) if what == "images" else (str, NoneType)
     if isinstance(given, str | bytes | np.ndarray) or not isinstance(given, Sequence):
-        fail(what, f"a {type(given).__name__}", "a sequence of files or strings")
+        fail(what, f"a {type(given).__name__}", "Give a sequence of files or strings")
     for number, item in enumerate(given):
         if not isinstance(item, known):
             found = f"a {type(item).__name__} as number {number + 1}"
-            fail(what, found, " or ".join(kind.__name__ for kind in known if kind != NoneType))
+            names = " or ".join(kind.__name__ for kind in known if kind != NoneType)
+            fail(what, found, f"Give {names}")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -236,7 +238,7 @@ def image_files(folder: Path) -> list[Path]:
     VhablError where there is none.
     """
     if not folder.is_dir():
-        fail(folder, "no such folder", "a folder of pictures")
+        fail(folder, "no such folder", "Give a folder of pictures")
     found, hidden, others = list[Path](), list[Path](), list[Path]()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         if any(part.startswith(".") for part in file.relative_to(folder).parts):
@@ -250,7 +252,8 @@ def image_files(folder: Path) -> list[Path]:
             example = files[0].relative_to(folder)
             note(f"{folder}: left out {plural(len(files), 'file')} ({why}), such as {example}")
     if not found:
-        fail(folder, "no picture", f"files that end with {', '.join(sorted(SUFFIXES))}")
+        do = f"Names of pictures end with {', '.join(sorted(SUFFIXES))}"
+        fail(folder, "no picture is in it", do)
     return found
 
 
@@ -263,25 +266,28 @@ def read_codes(
     arrays = code_files.read_npz(path)
     digest = str(arrays.pop("run", "nothing"))
     if digest != model.run.digest:
-        expected = f"{model.run.digest}, the weights of {model.run.folder}"
-        fail(f"{path}: key run", digest, expected)
+        do = f"{model.run.folder} is {model.run.digest}: encode the items with it"
+        fail(path, f"its codes are of run {digest}", do)
     try:
         found = code_files.texts(arrays.pop("ids", np.zeros(0, str)))
     except ValueError as error:
-        fail(f"{path}: key ids", str(error), "the ids of the items")
+        fail(f"{path}: key ids", str(error), "It must be the ids of the items")
     wanted = np.array(ids, str).tolist()
     if found != wanted:
         other = next((f for f, w in zip(found, wanted, strict=False) if f != w), "")
         said = plural(len(found), "item") + (f", {other!r} among them" if other else "")
-        fail(f"{path}: key ids", said, f"the {plural(len(wanted), 'item')} of the data, in order")
+        do = f"It must be the {plural(len(wanted), 'item')} of the data, in order"
+        fail(f"{path}: key ids", said, do)
     views = ["fused"] if model.method.task == "fused" else ["image", "text"]
     if list(arrays) != views:
-        fail(f"{path}: keys", ", ".join(arrays) or "none", " and ".join(views))
+        do = f"It must have {' and '.join(views)}"
+        fail(path, f"its keys are {', '.join(arrays) or 'none'}", do)
     for view, rows in arrays.items():
         if rows.dtype != np.int8 or rows.ndim != 2 or len(rows) != len(ids):
-            fail(f"{path}: key {view}", f"shape {rows.shape}", f"codes of {len(ids):,} items")
+            do = f"It must be codes of {len(ids):,} items"
+            fail(f"{path}: key {view}", f"shape {rows.shape}", do)
         if bits is not None and rows.shape[1] != bits:
-            fail("key bits", str(bits), f"{rows.shape[1]}, as {path} has")
+            bad_value("bits", bits, f"{rows.shape[1]}, as {path} has")
     return arrays
 
 
@@ -342,11 +348,11 @@ def _prepare(arguments: list[str], here: Ranks) -> tuple[argparse.Namespace, Mod
                         help="beside --data, such as data.path=PATH")  # fmt: skip
     given = parser.parse_intermixed_args(arguments)
     if given.out is not None and given.out.suffix != ".npz":
-        fail(f"argument --out {given.out}", "another ending", ".npz")
+        bad_value("--out", given.out, "a name that ends with .npz")
     if given.out is None and here.size > 1:
-        fail("argument --out", f"nothing, with {here.size} processes", "FILE.npz")
+        fail("--out", f"{here.size} processes cannot print codes", "Give a file: --out FILE.npz")
     if given.overrides and given.data is None:
-        fail(f"argument {given.overrides[0]}", "no --data", "keys of a data set beside --data")
+        fail(f"argument {given.overrides[0]}", "it is a key of a data set", "Give one: --data FILE")
     model = load(given.checkpoint, here.device(given.device))
     return given, model, _items(given, model)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vhabl import cnn, openclip
-from vhabl.errors import fail, note, plural
+from vhabl.errors import bad_value, note, plural
 from vhabl.layers import ClipBlock, last_tokens
 from vhabl.ranks import ALONE, GlobalBatchNorm, Ranks
 from vhabl.settings import EncoderConfig
@@ -192,7 +192,7 @@ class PixelEncoder(Encoder):
         super().__init__()
         self.config, self.size = config, size
         if config.resize and config.resize < size:
-            fail("key encoder.resize", str(config.resize), f"0, or at least {size}")
+            bad_value("encoder.resize", config.resize, f"0, or at least {size}")
         for name, values in zip(("mean", "spread"), channels, strict=True):
             scaled = 255 * torch.tensor(values).view(3, 1, 1)
             self.register_buffer(name, scaled, persistent=False)
@@ -336,7 +336,7 @@ class ClipEncoder(PixelEncoder):
         self.clip = openclip.build_towers(config.model, config.weights, pretrained)
         longest = len(self.clip.positional_embedding)
         if not 3 <= config.words <= longest:
-            fail("key encoder.words", str(config.words), f"3 to {longest} tokens")
+            bad_value("encoder.words", config.words, f"from 3 to {longest}")
         self.image_dim = self.text_dim = int(self.clip.text_projection.shape[-1])
         if not tokens:
             self.norms = nn.ModuleDict(

@@ -14,7 +14,7 @@ EXIT_USER_ERROR = 2
 
 
 class VhablError(Exception):
-    """Something the user can mend: names the file or key, what was found and what was expected."""
+    """Something the user can mend: says where, what is wrong, and what to do."""
 
 
 class Stopped(Exception):
@@ -25,9 +25,14 @@ class Stopped(Exception):
         self.code = 128 + signal
 
 
-def fail(where: object, found: str, expected: str) -> NoReturn:
-    """Raise a `VhablError` in the project's one form: where, what was found, what was expected."""
-    raise VhablError(f"{where}: found {found}; expected {expected}")
+def fail(where: object, what: str, do: str) -> NoReturn:
+    """Raise a `VhablError`: where, what is wrong, and a sentence that says what to do."""
+    raise VhablError(f"{where}: {what}. {do}")
+
+
+def bad_value(name: str, value: object, needed: str) -> NoReturn:
+    """Raise a `VhablError` for a value that a key, an argument or a cell cannot have."""
+    raise VhablError(f"{name} is {value}, but must be {needed}")
 
 
 @cache
@@ -51,13 +56,12 @@ def describe_os_error(error: OSError) -> str:
     """One line for an operating-system error, naming the file and what would mend it."""
     where = error.filename if error.filename is not None else "file system"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        found = os.strerror(error.errno)
-        return f"{where}: found {found}; expected room to write it: make some and run it again"
+        return f"{where}: {os.strerror(error.errno)}. Make room for it and run the command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         reason = os.strerror(error.errno)
-        return f"{where}: found no permission ({reason}); expected to read and write it"
+        return f"{where}: no permission ({reason}). It must be readable and writable"
     reason = (error.strerror or brief(error)).lower()
-    return f"{where}: found {reason}; expected a file or folder that can be used"
+    return f"{where}: {reason}. Give a file or folder that can be used"
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:

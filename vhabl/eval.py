@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if given.codes:
         if given.bits or given.overrides:
-            fail("argument --codes", "--bits or an override beside it", "code files alone")
+            fail("--codes", "neither --bits nor overrides go with it", "Give code files alone")
         rows = evaluate_files(given.codes, given.measures or "all")
     else:
         if not given.json:  # a table has the mean over seeds
@@ -149,7 +149,8 @@ def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> s
             continue
         first, second = (np.mean(row[key], axis=0) for row in rows)
         if len(first) != len(second):
-            fail(f"{a} and {b}", f"{len(first)} and {len(second)} queries", "runs on the same data")
+            do = "Compare runs on the same data"
+            fail(f"{a} and {b}", f"{len(first)} and {len(second)} queries", do)
         p = permutation_test(first, second)
         seeds = f"{len(rows[0][key])} and {len(rows[1][key])} seeds"
         lines.append(
@@ -158,7 +159,7 @@ def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> s
             f"({seeds}, {len(first)} queries)"
         )
     if len(lines) == 1:
-        fail(f"{a} and {b}", "no code length and task of both", "runs that can be compared")
+        fail(f"{a} and {b}", "no code length and task is in both", "Compare runs that share one")
     return "\n".join(lines)
 
 

@@ -132,7 +132,8 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                fail(folder, "another process that writes to it", "one at a time")
+                do = "Wait until it ends, or choose another folder"
+                fail(folder, "another process writes to it", do)
             # some network file systems hold no folders: there it is left to the user
         yield
     finally:
@@ -153,7 +154,8 @@ def open_array(path: Path, expected: str) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # damaged bytes raise many types
-        fail(path, f"a damaged or foreign file ({brief(error)})", expected)
+        do = f"It must be {expected}"
+        fail(path, f"the file is damaged or of another kind ({brief(error)})", do)
 
 
 def check_archive(path: Path) -> None:
@@ -188,7 +190,7 @@ def read_rows(path: Path, kind: type[T], writer: str) -> list[T]:
         found = f"an unknown {error}"
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         found = brief(error)
-    fail(path, f"content that is not a list of records ({found})", f"what {writer} writes")
+    fail(path, f"this is no list of records ({found})", f"It must be what {writer} writes")
 
 
 def write_json(target: Path, value: Any) -> None:

@@ -224,11 +224,11 @@ def main(arguments: list[str]) -> int:
     config = override(config, [f"out={scratch}", "codes=none", f"save_every={config.epochs + 1}"])
     kind = methods.get(config.method)
     if kind.task != "fused" or not kind.any_length:
-        errors.fail(
-            "key method", config.method, "a method of pairs whose shorter codes are prefixes"
+        errors.bad_value(
+            "method", config.method, "a method of pairs whose shorter codes are prefixes"
         )
     if max(config.bits) < PREFIXES[0]:
-        errors.fail("key bits", str(config.bits), f"a length of at least {PREFIXES[0]}")
+        errors.bad_value("bits", config.bits, f"at least {PREFIXES[0]}")
     data = load_data(config.data, config.encoder)
     rows: list[Row] = []
     for seed in tqdm(given.seeds, desc=given.experiment, unit="seed", disable=None):

@@ -19,29 +19,20 @@ def as_labels(
     """
     for name, values in parts.items():
         if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-            fail(
-                where(name),
-                f"shape {values.shape} of type {values.dtype}",
-                "numbers, items x classes, or one column of class numbers",
-            )
+            do = "It must be numbers, items x classes, or one column of class numbers"
+            fail(where(name), f"shape {values.shape} of type {values.dtype}", do)
     if all(1 in v.shape for v in parts.values()) and max(v.max() for v in parts.values()) > 1:
         return _from_class_numbers({n: v.reshape(-1) for n, v in parts.items()}, where)
     require_same(path, "columns", {name: v.shape[1] for name, v in parts.items()})
     if all(values.shape[1] == 1 for values in parts.values()):
-        fail(
-            where(next(iter(parts))),
-            "one column of 0 and 1, which may be two classes or one",
-            "a column for each class, or class numbers from 1",
-        )
+        do = "Give a column for each class, or class numbers from 1"
+        fail(where(next(iter(parts))), "one column of 0 and 1, which may be two classes or one", do)
     for name, values in parts.items():
         wrong = ~np.isin(values, (0, 1))
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
-            fail(
-                where(name),
-                f"{values[row, column]:g} in row {row + 1}, column {column + 1}",
-                "labels of 0 and 1, or one column of class numbers from 1",
-            )
+            do = "Labels must be 0 and 1, or one column of class numbers from 1"
+            fail(where(name), f"{values[row, column]:g} in row {row + 1}, column {column + 1}", do)
     return {name: values.astype(np.uint8) for name, values in parts.items()}
 
 
@@ -52,11 +43,8 @@ def _from_class_numbers(
         wrong = ~np.isfinite(values) | (values != np.floor(values)) | (values < 1) | (values > 1e5)
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
-            fail(
-                where(name),
-                f"{values[row]:g} in row {row + 1}",
-                "one column of whole class numbers that begin at 1",
-            )
+            do = "One column of labels must be whole class numbers from 1"
+            fail(where(name), f"{values[row]:g} in row {row + 1}", do)
     classes = int(max(v.max() for v in parts.values()))
     result = {}
     for name, values in parts.items():
@@ -69,7 +57,7 @@ def require_same(path: Path, what: str, counts: dict[str, int]) -> None:
     """Raise VhablError unless the parts of a data set have as many rows, or columns."""
     if len(set(counts.values())) != 1:
         found = ", ".join(f"{n} {what} in {name}" for name, n in counts.items())
-        fail(path, found, "the same number")
+        fail(path, found, "They must be the same")
 
 
 def describe(labels: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vhabl.codes import binarise
-from vhabl.errors import fail
+from vhabl.errors import bad_value
 from vhabl.settings import key
 from vhabl.types import Embeddings
 
@@ -292,19 +292,19 @@ class FusedNetSettings:
     def check(self) -> None:
         """Raise VhablError where a value cannot be used."""
         if self.network not in ("deep", "plain"):
-            fail("key model.net.network", repr(self.network), "deep or plain")
+            bad_value("model.net.network", repr(self.network), "deep or plain")
         if self.activation not in ACTIVATIONS:
-            fail("key model.net.activation", repr(self.activation), " or ".join(ACTIVATIONS))
+            bad_value("model.net.activation", repr(self.activation), " or ".join(ACTIVATIONS))
         for name in ("dropout", "modality_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                fail(f"key model.net.{name}", str(getattr(self, name)), "0 up to below 1")
+                bad_value(f"model.net.{name}", getattr(self, name), "at least 0 and below 1")
         for name in ("members", "dim", "image_hidden", "text_hidden"):
             if getattr(self, name) < 1:
-                fail(f"key model.net.{name}", str(getattr(self, name)), "at least 1")
+                bad_value(f"model.net.{name}", getattr(self, name), "at least 1")
         if self.joint_hidden < 0:
-            fail("key model.net.joint_hidden", str(self.joint_hidden), "a width, or 0")
+            bad_value("model.net.joint_hidden", self.joint_hidden, "a width, or 0")
         if self.heads < 1 or self.dim % self.heads:
-            fail("key model.net.heads", str(self.heads), f"a divisor of model.net.dim {self.dim}")
+            bad_value("model.net.heads", self.heads, f"a divisor of model.net.dim {self.dim}")
 
 
 class FusedMember(nn.Module):

@@ -27,16 +27,16 @@ def is_hdf5(path: Path, expected: str = _EXPECTED) -> bool:
         with path.open("rb") as file:
             head = file.read(520)
     except FileNotFoundError:
-        fail(path, "no such file", expected)
+        fail(path, "no such file", f"Give {expected}")
     except IsADirectoryError:
-        fail(path, "a folder", expected)
+        fail(path, "it is a folder", f"Give {expected}")
     if head[:8] == _HDF5_SIGNATURE or head[512:520] == _HDF5_SIGNATURE:
         return True
     # A MATLAB 5 header is 124 bytes of text and offsets, then version 0x0100 and an endian mark.
     if len(head) >= 128 and head[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
         return False
     found = f"a file that begins with {head[:8]!r}" if head else "an empty file"
-    fail(path, found, expected)
+    fail(path, found, f"It must be {expected}")
 
 
 def read_mat(
@@ -140,7 +140,7 @@ def _in_blocks(node: h5py.Dataset) -> Blocks:
 def _hdf5_value(file: h5py.File, node: h5py.Group | h5py.Dataset) -> np.ndarray:
     if isinstance(node, h5py.Group):
         if "MATLAB_sparse" not in node.attrs:
-            fail(f"{file.filename}: key {node.name[1:]}", "a structure", "an array")
+            fail(f"{file.filename}: key {node.name[1:]}", "a structure", "It must be an array")
         columns = _held(node, "jc")[()]
         shape = (int(node.attrs["MATLAB_sparse"]), len(columns) - 1)
         data, rows = [], []  # of a matrix without entries MATLAB stores neither

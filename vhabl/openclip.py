@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vhabl.errors import VhablError, brief, fail, note
+from vhabl.errors import VhablError, bad_value, brief, fail, note
 from vhabl.files import locate
 from vhabl.weights import read_state
 
@@ -37,8 +37,7 @@ def module() -> ModuleType:
         import open_clip
     except ImportError as error:
         raise VhablError(
-            f"open_clip: found no such package ({error}); expected it for encoder.name=clip: "
-            f"pip install open_clip_torch"
+            f"encoder.name=clip needs open_clip ({error}): pip install open_clip_torch"
         ) from None
     return open_clip
 
@@ -117,11 +116,9 @@ def build_towers(model: str, weights: str, read: bool = True) -> Any:
             if isinstance(getattr(mlp, "gelu", None), open_clip.transformer.QuickGELU):
                 block.mlp = QuickMLP(OrderedDict(mlp.named_children()))
     except Exception as error:  # a description that makes no sense raises many types
-        fail(
-            f"key encoder.model: {name_of(model)}",
-            f"an architecture that cannot be built ({brief(error)})",
-            "embed_dim, vision_cfg and text_cfg as open_clip has them",
-        )
+        what = f"the architecture cannot be built ({brief(error)})"
+        do = "It needs embed_dim, vision_cfg and text_cfg as open_clip has them"
+        fail(f"encoder.model {name_of(model)}", what, do)
     if getattr(towers, "text_pool_type", "argmax") != "argmax" or towers.attn_mask is None:
         _not_served(model)
     if weights and read:
@@ -158,8 +155,8 @@ def normalisation(model: str, weights: str) -> tuple[Sequence[float], Sequence[f
 
 
 def _not_served(model: str) -> None:
-    fail(f"key encoder.model: {name_of(model)}", "towers of another kind",
-         "a vision transformer or ResNet and a causal text tower, as in CLIP")  # fmt: skip
+    do = "They must be a vision transformer or ResNet and a causal text tower, as in CLIP"
+    fail(f"encoder.model {name_of(model)}", "its towers are of another kind", do)
 
 
 def with_content(model: str) -> str:
@@ -182,25 +179,29 @@ def _parse(text: str, where: object) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        fail(where, f"text that is not JSON ({error})", "a JSON file that describes towers")
+        fail(where, f"this is not JSON ({error})", "It must be a JSON file that describes towers")
 
 
 def _architecture(open_clip: ModuleType, model: str) -> dict[str, Any]:
     model = with_content(model)
     if model.endswith(".json"):
-        fail(model, "no such file", "a JSON file that describes towers (key encoder.model)")
+        fail(model, "no such file", "encoder.model must be a JSON file that describes towers")
     if model[:1] in "{[":
         config = _parse(model, "key encoder.model")
     else:
         config = open_clip.get_model_config(model)
         if config is None:
-            fail("key encoder.model", repr(model), "a name of open_clip.list_models(), or a .json")
+            bad_value(
+                "encoder.model", repr(model), "a name of open_clip.list_models(), or a .json file"
+            )
     parts = ("embed_dim", "vision_cfg", "text_cfg")
     if not isinstance(config, dict) or not all(part in config for part in parts):
-        fail(f"key encoder.model: {name_of(model)}", "other keys", ", ".join(parts))
+        do = f"It must have {', '.join(parts)}"
+        fail(f"encoder.model {name_of(model)}", "it has other keys", do)
     vision, text = config["vision_cfg"], config["text_cfg"]
     if not isinstance(vision, dict) or not isinstance(text, dict):
-        fail(f"key encoder.model: {name_of(model)}", "other content", "two dictionaries of keys")
+        do = "It must be two dictionaries of keys"
+        fail(f"encoder.model {name_of(model)}", "it has other content", do)
     foreign = {"timm_model_name", "hf_model_name", "attentional_pool"}
     if config.get("custom_text") or foreign & {*vision, *text} or text.get("embed_cls"):
         _not_served(model)
@@ -208,15 +209,18 @@ def _architecture(open_clip: ModuleType, model: str) -> dict[str, Any]:
     length, words = text.get("context_length", 77), text.get("vocab_size", VOCABULARY)
     integers = all(type(number) is int for number in (side, length, words))
     if not integers or not (max(side, length) <= LONGEST and side > 0 and words >= VOCABULARY):
-        fail(f"key encoder.model: {name_of(model)}", "other pictures or words",
-             f"image_size of one side in pixels and context_length, at most {LONGEST}, "
-             f"vocab_size of at least {VOCABULARY}")  # fmt: skip
+        fail(
+            f"encoder.model {name_of(model)}",
+            "its pictures or words are of another kind",
+            f"It needs image_size of one side in pixels and context_length, at most "
+            f"{LONGEST}, and vocab_size of at least {VOCABULARY}",
+        )
     for part in (vision, text):
         depths = part.get("layers")
         for depth in depths if isinstance(depths, list) else [depths]:
             if isinstance(depth, int | float) and depth > DEEPEST:
-                fail(f"key encoder.model: {name_of(model)}", f"{depth} layers",
-                     f"at most {DEEPEST}")  # fmt: skip
+                do = f"It can have at most {DEEPEST}"
+                fail(f"encoder.model {name_of(model)}", f"{depth} layers", do)
     known = (*parts, "quick_gelu")
     return {name: config[name] for name in known if name in config}
 
@@ -231,11 +235,13 @@ def load_weights(towers: nn.Module, model: str, weights: str) -> None:
         described = model.endswith(".json") or model[:1] == "{"
         name = f"encoder.model={model}-quickgelu"
         quick = '"quick_gelu": true in its JSON' if described else name
-        fail(path, "OpenAI's weights, which are for QuickGELU", quick)
+        fail(path, "OpenAI's weights are for QuickGELU", f"Set {quick}")
     state = _of_towers(found)
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            fail(path, f"{name} of type {tensor.dtype}", "weights of floating-point numbers")
+            fail(
+                path, f"{name} is of type {tensor.dtype}", "Weights must be floating-point numbers"
+            )
     scale = expected["logit_scale"]  # no code depends on it, and some files hold it as [1]
     state["logit_scale"] = state.get("logit_scale", scale).reshape(scale.shape)
     wrong = [f"no {name}" for name in expected.keys() - state.keys()]
@@ -247,11 +253,11 @@ def load_weights(towers: nn.Module, model: str, weights: str) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        fail(path, f"weights of another architecture ({', '.join(sorted(wrong)[:3])}{more})",
-             f"those of {name_of(model)} (key encoder.model)")  # fmt: skip
+        do = f"encoder.model is {name_of(model)}"
+        fail(path, f"weights of another architecture ({', '.join(sorted(wrong)[:3])}{more})", do)
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
-            fail(path, f"values in {name} that are not finite", "finite weights")
+            fail(path, f"{name} has values that are not finite", "Take other weights")
     towers.load_state_dict(state)
 
 
@@ -271,15 +277,15 @@ def _download(model: str, weights: str) -> Path:
     known = open_clip.list_pretrained_tags_by_model(model)
     if weights not in known:
         where = "to be downloaded by name: " + ", ".join(known) if known else "or empty"
-        fail(f"key encoder.weights: {weights}", "no such file",
-             f"the weights of {name_of(model)} ({where}; the README says where from)")  # fmt: skip
+        do = f"Give the weights of {name_of(model)} ({where}; the README says where from)"
+        fail(f"encoder.weights {weights}", "no such file", do)
     note(f"downloading the weights {weights!r} of {model} to {WEIGHTS_FOLDER}/")
     try:
         config = open_clip.get_pretrained_cfg(model, weights)
         return Path(open_clip.download_pretrained(config, cache_dir=WEIGHTS_FOLDER))
     except Exception as error:  # whatever a network raises
-        fail(f"key encoder.weights: {weights}", f"no answer ({brief(error)})",
-             "a network, or a file: encoder.weights=PATH")  # fmt: skip
+        do = "Connect to a network, or give a file: encoder.weights=PATH"
+        fail(f"encoder.weights {weights}", f"no answer ({brief(error)})", do)
 
 
 # -- tokens ----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def build_optimizer(
     for part in config.lr_scale:
         if not any(_is_in(name, part) for name in names.values()):
             known = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names.values()))
-            fail(f"key optim.lr_scale.{part}", "no such part", f"a part of the model: {known} ...")
+            fail(f"optim.lr_scale.{part}", "no such part", f"Name a part of the model: {known} ...")
     scaled = []
     for group in groups:
         by_factor: dict[float, list[nn.Parameter]] = {}

@@ -142,8 +142,8 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # a connection was closed
-            found = f"one that died or cannot be reached ({brief(error)})"
-            fail("processes", found, f"all {self.size} to the end: run the command again")
+            do = f"All {self.size} are needed to the end: run the command again"
+            fail("processes", f"one died or cannot be reached ({brief(error)})", do)
 
 
 class _Whole(torch.autograd.Function):

@@ -129,12 +129,12 @@ def load(folder: Path) -> Run:
     """
     path = folder / WEIGHTS_FILE
     if not folder.exists():
-        fail(folder, "no such folder", "the folder of a finished run")
+        fail(folder, "no such folder", "Give the folder of a finished run")
     if not path.is_file():
         fail(
             folder,
-            "no weights.safetensors",
-            "the folder of a finished run"
+            "no weights.safetensors is in it",
+            "Give the folder of a finished run"
             + (" (resume=true goes on with this one)" if (folder / "state.pt").exists() else ""),
         )
     try:
@@ -144,7 +144,8 @@ def load(folder: Path) -> Run:
         spec = _read_spec(header["spec"])
         text, fingerprint, digest = header["config"], header["fingerprint"], header["digest"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(path, f"a damaged or foreign file ({brief(error)})", "weights saved by vhabl.train")
+        do = "It must be weights saved by vhabl.train"
+        fail(path, f"the file is damaged or of another kind ({brief(error)})", do)
     config = from_yaml(text, path)
     with torch.device("meta"):  # shapes alone: nothing is allocated before they fit
         expected = build_method(config, spec, pretrained=False)
@@ -152,7 +153,8 @@ def load(folder: Path) -> Run:
     if not wrong and digest_of(sorted(tensors.items())) != digest:
         wrong = "other values than were saved"
     if wrong:
-        fail(path, wrong, f"the tensors of {expected.title} as its configuration describes it")
+        do = f"It must have the tensors of {expected.title} as its configuration describes it"
+        fail(path, wrong, do)
     method = build_method(config, spec, pretrained=False)
     method.load_state_dict(tensors)
     return Run(folder, config, method.eval(), fingerprint, digest)
@@ -188,10 +190,10 @@ def check_data(run: Run, data: Dataset) -> None:
         return
     spec = run.method.spec
     fail(
-        f"{run.folder / WEIGHTS_FILE}: data",
-        f"a model of {spec.name!r} (image {spec.image_dim}, text {spec.text_dim}, "
+        run.folder / WEIGHTS_FILE,
+        f"trained on {spec.name!r} (image {spec.image_dim}, text {spec.text_dim}, "
         f"{spec.classes} classes, {spec.train_items} training items)",
-        f"one of {data.name!r} (image {data.spec.image_dim}, text {data.spec.text_dim}, "
+        f"The data are {data.name!r} (image {data.spec.image_dim}, text {data.spec.text_dim}, "
         f"{data.spec.classes} classes, {data.spec.train_items} training items; "
         f"content digest {data.fingerprint[:8]})",
     )
@@ -200,14 +202,11 @@ def check_data(run: Run, data: Dataset) -> None:
 def find(folder: Path) -> list[Path]:
     """Folders of finished runs at or below a folder, in order of their path."""
     if not folder.exists():
-        fail(folder, "no such folder", "a run folder, or a folder above several runs")
+        fail(folder, "no such folder", "Give a run folder, or a folder above several runs")
     found = sorted(path.parent for path in folder.rglob(WEIGHTS_FILE))
     if not found:
-        fail(
-            folder,
-            "no finished run (weights.safetensors)",
-            "a run folder, or a folder above several runs",
-        )
+        do = "Give a run folder, or a folder above several runs"
+        fail(folder, "no finished run (weights.safetensors) is in it", do)
     return found
 
 
@@ -221,11 +220,8 @@ def require_alike(folders: Iterable[Path]) -> None:
         difference = first_difference(theirs | {"seed": 0}, keys | {"seed": 0})
         if difference:
             key, a, b = difference
-            fail(
-                folder,
-                f"{key}={b}, where {other} has {a}",
-                "runs that differ in their seed alone; variant=NAME names another setting",
-            )
+            do = "Seeds of one setting alone are averaged; variant=NAME keeps another one apart"
+            fail(folder, f"{key}={b}, where {other} has {a}", do)
 
 
 def encoded(
@@ -264,7 +260,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         if not rows:
             raise ValueError("no epoch")
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as e:
-        fail(path, f"content that is not a list of epochs ({brief(e)})", "what training writes")
+        fail(path, f"this is no list of epochs ({brief(e)})", "It must be what training writes")
     return rows
 
 

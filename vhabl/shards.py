@@ -21,6 +21,7 @@ from vhabl.files import atomic_path, check_archive
 from vhabl.types import Embedded, Rows, Stored
 
 BLOCK = 1024  # items that a signature reads at once
+_REMOVE = "Remove the folder and run the command again"
 OWN_KEYS = ("signature", "first", "ids", "cut")  # of a shard; the others are views
 
 
@@ -126,15 +127,15 @@ def merge(shards: Sequence[Shard], ids: Sequence[str]) -> Part:
     for shard in shards:
         part = shard.read()
         if part is None:
-            fail(shard.path, "no such shard, or another", "what its rank wrote, on a common disk")
+            fail(shard.path, "no such shard, or another", "All ranks must write to a common disk")
         expected = sum(len(other.ids) for other in parts)
         if part.first != expected or any(len(c) != len(part.ids) for c in part.codes.values()):
-            fail(shard.path, f"items from number {part.first} on", f"those from {expected} on")
+            fail(shard.path, f"items from number {part.first} on, not from {expected}", _REMOVE)
         parts.append(part)
     found = [identity for part in parts for identity in part.ids]
     if found != np.array(ids, str).tolist():
         where = shards[0].path.parent
-        fail(where, f"ids of {plural(len(found), 'item')}", f"those of the {len(ids):,} asked for")
+        fail(where, f"ids of {plural(len(found), 'item')} for {len(ids):,} asked for", _REMOVE)
     views = parts[0].codes
     codes = {view: np.concatenate([part.codes[view] for part in parts]) for view in views}
     return Part(0, found, codes, sum(part.cut for part in parts))

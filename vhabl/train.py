@@ -59,7 +59,7 @@ def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset]
         return None
     if not given.config:
         known = ", ".join(map(str, recipes()))
-        errors.fail("argument --config", "nothing", f"a recipe: {known}")
+        errors.fail("--config", "it is not given", f"Name a recipe: {known}")
     config = load(given.config, given.overrides)
     if given.print_config:
         print(to_yaml(config), end="")

@@ -22,7 +22,7 @@ from vhabl.config import Config, build_method, first_difference, flat, from_yaml
 from vhabl.data import validation_split
 from vhabl.data.images import read
 from vhabl.encoders import digest_of
-from vhabl.errors import Stopped, VhablError, brief, fail
+from vhabl.errors import Stopped, VhablError, bad_value, brief, fail
 from vhabl.evaluator import batches_in_order, validation_score
 from vhabl.files import atomic_path, check_archive
 from vhabl.methods.base import HashingMethod
@@ -58,13 +58,13 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        fail("key device", repr(name), "auto, cpu, cuda or cuda:N")
+        bad_value("device", repr(name), "auto, cpu, cuda or cuda:N")
     if device.type not in ("cpu", "cuda"):
-        fail("key device", repr(name), "auto, cpu, cuda or cuda:N")
+        bad_value("device", repr(name), "auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            fail("key device", f"{name!r} with {count} CUDA devices here", "a device that exists")
+            fail(f"device {name!r}", f"{count} CUDA devices are here", "Choose one that exists")
         if device.index is not None:
             torch.cuda.set_device(device)
     return device
@@ -239,8 +239,8 @@ class Trainer:
         if not all(map(_is_finite, means.values())):
             bad = ", ".join(n for n, v in means.items() if not _is_finite(v))
             raise VhablError(
-                f"epoch {self.progress.epoch + 1}: found a loss that is not finite ({bad}); "
-                f"expected finite losses: lower optim.lr or set optim.clip"
+                f"epoch {self.progress.epoch + 1}: the loss is not finite ({bad}). "
+                "Lower optim.lr or set optim.clip"
             )
         return means
 
@@ -336,16 +336,15 @@ class Trainer:
             if absent:
                 raise ValueError(f"no {sorted(absent)[0]}")
         except Exception as error:  # damaged bytes raise many types
-            fail(self.state_path, f"a damaged state ({brief(error)})", "a state saved by training")
+            do = "resume=false starts again"
+            fail(self.state_path, f"the state is damaged ({brief(error)})", do)
         difference = first_difference(flat(from_yaml(theirs, self.state_path)), flat(self.config))
         if difference is not None:
-            fail(
-                f"{self.state_path}: key {difference[0]}",
-                difference[1],
-                f"{difference[2]}, as this command has it (or resume=false)",
-            )
+            what = f"{difference[0]} was {difference[1]} and is {difference[2]} now"
+            fail(self.state_path, what, "Give the same command, or resume=false")
         if fingerprint != self.data.fingerprint:
-            fail(self.state_path, "a state of other data", f"the data in {self.config.data.path}")
+            what = f"it was trained on other data than {self.config.data.path} holds now"
+            fail(self.state_path, what, "Put them back, or start again with resume=false")
         return state
 
     def _fixed(self) -> set[str]:
@@ -357,7 +356,8 @@ class Trainer:
         missing, unknown = model.load_state_dict(tensors, strict=False)
         wrong = [*(set(missing) - self._fixed()), *unknown]
         if wrong:
-            fail(self.state_path, f"no or an unknown {sorted(wrong)[0]}", "a state of this method")
+            do = "It must be a state of this method; resume=false starts again"
+            fail(self.state_path, f"no or an unknown {sorted(wrong)[0]}", do)
 
     def _memory(self) -> dict[str, torch.Tensor]:
         """Buffers that only training needs: they are in no checkpoint of a finished run."""
@@ -368,8 +368,9 @@ class Trainer:
         if state["begun_with"] != self.begun_with:
             fail(
                 self.state_path,
-                "a training that began with other weights",
-                f"encoder.weights={self.config.encoder.weights} as it was then",
+                "the training began with other weights",
+                f"Put encoder.weights={self.config.encoder.weights} back, "
+                "or start again with resume=false",
             )
         self._load(self.method, state["method"])
         for name, buffer in self._memory().items():

@@ -130,11 +130,8 @@ class DataSpec:
     def need_pairs(self, what: str) -> None:
         """Raise VhablError where images and texts are not pairs; what: who needs them."""
         if not self.paired:
-            fail(
-                f"data set {self.name}",
-                "texts in another order than the images",
-                f"pairs, which {what} needs: image i and text i of one item",
-            )
+            do = f"{what} needs pairs"
+            fail(f"data set {self.name}", "image i and text i are not one item", do)
 
 
 class Store(Protocol):

@@ -32,12 +32,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
         else:
             state = _unpickle(path)
     except Exception as error:  # damaged bytes raise many types
-        fail(path, f"a damaged or foreign file ({brief(error)})", EXPECTED)
+        do = f"It must be {EXPECTED}"
+        fail(path, f"the file is damaged or of another kind ({brief(error)})", do)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        fail(path, "something else than tensors by name", EXPECTED)
+        fail(path, "it holds something else than tensors by name", f"It must be {EXPECTED}")
     # DataParallel and Lightning put a word before each name.
     return {re.sub(r"^((module|model)\.)+", "", str(name)): t for name, t in state.items()}
 

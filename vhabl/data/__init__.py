@@ -35,11 +35,9 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
     class_names = config.class_names
     if config.kind == "features":
         if encoder.name != "features":
-            fail(
-                "key encoder.name",
-                f"{encoder.name!r} with a file of features ({config.path})",
-                "'features', or a data set of images and captions",
-            )
+            what = f"it takes pictures and captions, and {config.path} holds features"
+            do = "Set encoder.name=features, or choose another data set"
+            fail(f"encoder.name {encoder.name!r}", what, do)
         roles = Roles(load_features(path, config), (), [])
     elif config.kind == "npy":
         roles = load_arrays(path, config, encoder)
@@ -52,8 +50,8 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
         train = _in_text_order(train, config.text_order)
     classes = train.labels.shape[1]
     if class_names and len(class_names) != classes:
-        found = f"{len(class_names)} names"
-        fail("key data.class_names", found, f"{classes}, as labels have columns")
+        do = "Give one for each"
+        fail("data.class_names", f"{len(class_names)} names for {classes} columns of labels", do)
     unlabelled = [
         f"{role}: {plural(count, 'item')} without a label"
         for role, split in (("train", train), ("database", database), ("query", query))
@@ -121,7 +119,8 @@ def collection(config: DataConfig, encoder: EncoderConfig) -> Collection:
     data = load(config, encoder)
     found = data.database
     if found.text_labels is not None:
-        fail(config.path, "database texts in another order than the images", "pairs to show")
+        do = "An index needs pairs"
+        fail(config.path, "image i and text i of the database are not one item", do)
     ids = [f"item {number + 1}" for number in range(len(found))]
     names = list(data.class_names) or numbers(found.labels)
     return Collection(ids, found.image, found.text[:], found.labels, names)
@@ -148,7 +147,7 @@ def missing_message(config: DataConfig) -> str:
         )
     source = f"\n  source: {config.source}" if config.source else ""
     return (
-        f"{config.path}: found no such file or folder; expected the data set {config.name!r}"
+        f"{config.path}: no such file or folder. It is the data set {config.name!r}"
         f"{source}\n  layout: {layout}"
         f"\n  another place: data.path=PATH"
         f"\n  without any file: bash flickr.sh --demo trains on the data set shipped with vhabl"

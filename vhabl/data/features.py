@@ -29,7 +29,7 @@ def load_features(path: Path, config: DataConfig) -> tuple[Split, Split, Split]:
     missing = [key for key in keys if key not in arrays]
     if missing:
         found = ", ".join(sorted(read_mat(path))) or "nothing"
-        fail(f"{path}: key {missing[0]}", f"only {found}", ", ".join(keys))
+        fail(path, f"no key {missing[0]}, only {found}", f"It must have {', '.join(keys)}")
 
     def where(key: str) -> str:
         return f"{path}: key {key}"
@@ -59,7 +59,8 @@ def as_features(where: object, values: np.ndarray) -> np.ndarray:
     by more than float32 rounds.
     """
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
-        fail(where, f"shape {values.shape} of type {values.dtype}", "numbers, items x features")
+        do = "It must be numbers, items x features"
+        fail(where, f"shape {values.shape} of type {values.dtype}", do)
     with np.errstate(over="ignore"):  # what float32 cannot hold is reported below
         result = np.ascontiguousarray(values, dtype=np.float32)
     finite = np.isfinite(result)
@@ -69,14 +70,14 @@ def as_features(where: object, values: np.ndarray) -> np.ndarray:
             where,
             f"{values[row, column]} in row {row + 1}, column {column + 1}"
             f" ({int((~finite).sum())} such values)",
-            "finite numbers",
+            "All must be finite numbers",
         )
     sample = values[:1000].astype(np.float64)  # constant columns are said where they are scaled
     spread, step = sample.std(axis=0), np.spacing(np.abs(result[:1000]).max(axis=0))
     lost = np.flatnonzero((spread > 0) & (spread < 100 * step) & (sample != result[:1000]).any(0))
     if len(lost):
         found = f"{sample[0, lost[0]]:g} give or take {spread[lost[0]]:g} in column {lost[0] + 1}"
-        fail(where, f"{found}, which float32 does not hold", "features less their mean")
+        fail(where, f"{found}, which float32 cannot hold", "Subtract the mean of the features")
     return result
 
 

@@ -96,10 +96,10 @@ def _decoded(path: Picture | BinaryIO, name: str, least: int = 0) -> tuple[Image
             image.load()
             return _seen(image, reduced[1][2:] if reduced else image.size)
     except FileNotFoundError:
-        fail(path, "no such file", "the image of an item")
+        fail(path, "no such file", "Put the image of the item there")
     except Exception as error:  # damaged bytes raise many types
         raise VhablError(
-            f"{name or path}: found an image that cannot be read ({error}); expected a whole "
+            f"{name or path}: the image cannot be read ({error}). It must be a whole "
             f"picture ({', '.join(FORMATS)})"
         ) from None
 

@@ -52,8 +52,9 @@ def load_arrays(path: Path, config: DataConfig, encoder: EncoderConfig) -> Roles
     labels; and where the encoder takes other inputs.
     """
     if encoder.name == "clip":
-        found = f"'clip' with texts that are bags of words ({config.path})"
-        fail("key encoder.name", found, "'cnn', 'features', or a data set of captions")
+        what = f"it takes captions, and the texts of {config.path} are bags of words"
+        do = "Set encoder.name=cnn or features, or choose another data set"
+        fail("encoder.name 'clip'", what, do)
 
     def file(name: str) -> Path:
         return path / f"{name}.npy"
@@ -81,8 +82,9 @@ def load_arrays(path: Path, config: DataConfig, encoder: EncoderConfig) -> Roles
     elif encoder.name == "features":
         image = _joined(path, {name: as_features(file(name), arrays[name]) for name in IMAGES})
     else:
-        found = f"{encoder.name!r} with features ({file('train_image')})"
-        fail("key encoder.name", found, "'features', or pictures N x h x w x 3")
+        what = f"it takes pictures, and {file('train_image')} holds features"
+        do = "Set encoder.name=features, or give pictures N x h x w x 3"
+        fail(f"encoder.name {encoder.name!r}", what, do)
     ids = content_ids(chain.from_iterable(images), text)
     rest = of_vali, of_test
     everything = Split(ids, image, text, np.concatenate([of_images, *rest]))
@@ -108,7 +110,7 @@ def _joined(path: Path, parts: dict[str, np.ndarray]) -> np.ndarray:
 
 def _open(file: Path) -> np.ndarray:
     if not file.is_file():
-        fail(file, "no such file", "HQ's layout: " + ", ".join(f"{name}.npy" for name in NAMES))
+        fail(file, "no such file", "HQ's layout is " + ", ".join(f"{name}.npy" for name in NAMES))
     return open_array(file, "an array of numbers (.npy)")
 
 
@@ -119,8 +121,8 @@ def _check_images(file: Path, values: np.ndarray) -> None:
         fail(
             file,
             f"shape {values.shape} of type {values.dtype}",
-            "pictures, items x height x width x 3 of uint8 or real numbers, or features, "
-            "items x features",
+            "It must be pictures, items x height x width x 3 of uint8 or real numbers, or "
+            "features, items x features",
         )
 
 
@@ -151,7 +153,7 @@ def _scale(file: Path, values: np.ndarray) -> Scale:
     for rows in rows_in_order(len(values), CHUNK):
         some = values[rows]
         if not np.isfinite(some).all():
-            fail(file, "numbers that are not finite", "pictures")
+            fail(file, "numbers that are not finite", "Pictures must not have any")
         least, most = min(least, some.min()), max(most, some.max())
         levels = NORMALISED.levels(some)
         whole = np.clip(np.rint(levels), 0, 255)
@@ -165,7 +167,8 @@ def _scale(file: Path, values: np.ndarray) -> Scale:
     fail(
         file,
         f"pictures of numbers from {least:.4g} to {most:.4g}",
-        "0 to 1, 0 to 255, or levels of 0 to 255 that torchvision normalised for ImageNet",
+        "They must be 0 to 1, 0 to 255, or levels of 0 to 255 that torchvision "
+        "normalised for ImageNet",
     )
 
 

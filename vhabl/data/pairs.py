@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
 from vhabl.data.images import ImageFiles, Picture, open_image
-from vhabl.errors import VhablError, fail, note, plural
+from vhabl.errors import VhablError, bad_value, fail, note, plural
 from vhabl.labels import as_labels, describe, numbers
 from vhabl.matfile import read_mat
 from vhabl.settings import DataConfig, EncoderConfig
@@ -57,24 +57,24 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
     of_labels = {"label.mat": _column(path, "label")}
     labels = as_labels(path, of_labels, lambda name: path / name)["label.mat"]
     if not len(captions) == len(names) == len(labels):
-        fail(
-            path,
-            f"{len(captions)} captions, {len(names)} images and {len(labels)} label rows",
-            "as many of each",
-        )
+        what = f"{len(captions)} captions, {len(names)} images and {len(labels)} label rows"
+        fail(path, what, "There must be as many of each")
     class_names, listed = config.class_names, path / "classes.txt"
     if not class_names and listed.exists():
         class_names = [line for line in _lines(listed) if line]
+    where = "data.class_names" if config.class_names else listed
+    if len(set(class_names)) < len(class_names):
+        fail(where, "a name comes twice", "Names of classes must differ")
     if class_names and len(class_names) != labels.shape[1]:
-        where = "key data.class_names" if config.class_names else listed
-        fail(where, f"{len(class_names)} names", f"{labels.shape[1]}, as label.mat has columns")
+        do = "Give one for each"
+        fail(where, f"{len(class_names)} names for {labels.shape[1]} columns of label.mat", do)
     files = [_image_file(path, config.image_root, name) for name in names]
     owners: dict[Path, str] = {}
     for number, (name, file) in enumerate(zip(names, files, strict=True), 1):
         if (owner := owners.setdefault(file, name)) != name:
-            found = f"{owner[-80:]!r} and {name[-80:]!r}, both of which are {file}"
+            found = f"{owner[-80:]!r} and {name[-80:]!r} both lead to {file}"
             where = f"{path / 'index.mat'}: item {number}"
-            fail(where, found, "the folders of the images too, as in the names")
+            fail(where, found, "Keep the folders that their names have")
     return Pairs(names, captions, further, files, labels, class_names)
 
 
@@ -99,7 +99,7 @@ def split(pairs: Pairs, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.
     )
     if len(train) < 2 or len(query) < 1:
         found = f"{plural(len(train), 'training row')} and {plural(len(query), 'query')}"
-        fail(f"{config.path}: column split", found, "at least 2 and 1")
+        fail(f"{config.path}: column split", found, "It must have at least 2 and 1")
     learned = {pairs.files[row] for row in train.tolist()}
     if shared := sum(pairs.files[row] in learned for row in query.tolist()):
         note(f"{config.path}: the images of {plural(shared, 'query')} are trained on too")
@@ -121,16 +121,13 @@ def draw(images: Sequence[object], config: DataConfig) -> tuple[np.ndarray, np.n
     asked = config.query or max(1, round(items / 10))
     wanted = config.train or items - asked
     if asked < 1 or wanted < 2 or asked + wanted > items:
-        fail(
-            "keys data.query and data.train",
-            f"{asked} and {wanted}",
-            f"at least 1 and 2, together at most the {items} items",
-        )
+        do = f"There must be at least 1 and 2, together at most the {items} items"
+        fail("data.query and data.train", f"{asked} queries and {wanted} training items", do)
     everything, ends = drawn_together(images, np.random.RandomState(config.split_seed))
     query = int(ends[np.searchsorted(ends, asked)])
     train = int(ends[np.searchsorted(ends, min(query + wanted, items))])
     if train == query:
-        fail("key data.query", str(config.query), "fewer: one image has all other items")
+        bad_value("data.query", config.query, "less: one image has all other items")
     return everything[query:train], everything[query:], everything[:query]
 
 
@@ -263,7 +260,7 @@ def _column(path: Path, name: str) -> np.ndarray:
     arrays = read_mat(file, _KEYS[name])
     found = [k for k in _KEYS[name] if k in arrays]
     if not found:
-        fail(f"{file}: keys", "none of them", " or ".join(_KEYS[name]))
+        fail(file, f"no key {' or '.join(_KEYS[name])}", "It must have one of them")
     return arrays[found[0]]
 
 
@@ -272,16 +269,16 @@ def _texts(path: Path, name: str) -> list[list[str]]:
     file, lines = path / f"{name}.mat", path / f"{name}.txt"
     if not file.exists():  # NUS-WIDE's captions are lines, one an item
         if not lines.exists():
-            fail(file, "no such file", f"it, or {lines.name} with a line for each item")
+            fail(file, "no such file", f"Give it, or {lines.name} with a line for each item")
         return [[line] for line in _lines(lines)]
     return [_cell(file, cell) for cell in _column(path, name).reshape(-1)]
 
 
 def _lines(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        fail(file, "bytes that are not UTF-8", "UTF-8, one a line")
+        fail(file, "its bytes are not UTF-8", "Save it as UTF-8, with a line for each item")
     # Not splitlines: a caption may hold other characters that it takes for an end.
     return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
@@ -290,7 +287,7 @@ def _cell(file: Path, cell: object) -> list[str]:
     found = list(cell.flat) if isinstance(cell, np.ndarray) else [cell]
     for text in found:
         if not isinstance(text, str):
-            fail(file, f"a cell of type {type(text).__name__}", "texts")
+            fail(file, f"a cell of type {type(text).__name__}", "All cells must be texts")
     return [str(text).rstrip("\n") for text in found] or [""]
 
 
@@ -329,11 +326,8 @@ def _vocabulary(captions: Sequence[str], min_count: int) -> list[str]:
     counts = Counter(word for caption in captions for word in set(words(caption)))
     vocabulary = sorted(word for word in counts if counts[word] >= min_count)
     if not vocabulary:
-        fail(
-            "key data.min_count",
-            f"{min_count}, which no word of the training captions reaches",
-            "a smaller number",
-        )
+        do = "Set a smaller number"
+        fail("data.min_count", f"no word is in {min_count} of the training captions", do)
     return vocabulary
 
 

@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
 from vhabl.data.pairs import Pairs
-from vhabl.errors import VhablError, brief, fail, note, plural
+from vhabl.errors import VhablError, bad_value, brief, fail, note, plural
 from vhabl.settings import DataConfig
 from vhabl.types import Embedded, Stored
 
@@ -39,15 +40,16 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
             continue
         if rows and column not in rows[0]:
             known = ", ".join(rows[0])
-            fail(f"{path}: row 1", f"columns {known}", f"{column!r} (key data.{key})")
+            do = f"data.{key} says how it is called"
+            fail(f"{path}: row 1", f"no column {column!r}, only {known}", do)
     labels = _labels(path, rows, config)
     texts = [_captions(path, number, row, config) for number, row in enumerate(rows)]
     labelled = [number for number, own in enumerate(labels) if own or unlabelled]
     if not labelled:
-        fail(f"{path}: column {config.label_column}", "no label in any row", "names of classes")
+        fail(f"{path}: column {config.label_column}", "no row has a label", "Give names of classes")
     kept = [number for number in labelled if texts[number] != [None] or unlabelled]
     if not kept:
-        fail(f"{path}: column {config.caption_column}", "no caption in any row", "texts")
+        fail(f"{path}: column {config.caption_column}", "no row has a caption", "Give texts")
     for what, count in (
         ("label", len(rows) - len(labelled)),
         ("caption", len(labelled) - len(kept)),
@@ -55,6 +57,7 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
         if count:
             note(f"{path}: {plural(count, 'row')} without a {what}: not trained on or evaluated")
     names = config.class_names or sorted({name for number in kept for name in labels[number]})
+    _note_doubtful(path, names, config.separator)
     place = {name: i for i, name in enumerate(names)}
     matrix = np.zeros((len(kept), len(names)), np.uint8)
     images = [_image(path, number, row, config) for number, row in enumerate(rows)]
@@ -64,7 +67,7 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
         where = f"{path}: row {number + 1}"
         for name in labels[number]:
             if name not in place:
-                fail(where, f"label {name!r}", "one of data.class_names")
+                fail(where, f"the label {name!r} is none of data.class_names", "Add it there")
             matrix[item, place[name]] = 1
         first, *others = texts[number]
         ids.append(every_id[number])
@@ -76,10 +79,23 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     return Pairs(ids, captions, further, files, matrix, list(names), roles, no_text)
 
 
+def _note_doubtful(path: Path, names: Sequence[str], separator: str) -> None:
+    """Say which classes may be one, and which one may be several."""
+    spelled: dict[str, str] = {}
+    for name in names:
+        if (other := spelled.setdefault(name.casefold(), name)) != name:
+            note(f"{path}: the classes {other!r} and {name!r} differ in case alone")
+    listed = [name for name in names if set(",;|/") & set(name)]
+    if listed:
+        note(f"{path}: is {listed[0]!r} one class? data.separator is {separator!r}")
+
+
 def _role(path: Path, number: int, row: dict[str, Any]) -> str:
     role = str(row.get("split")).strip().lower()
     if role not in ("train", "query", "database"):
-        fail(f"{path}: row {number + 1}: column split", _shown(role), "train, query or database")
+        bad_value(
+            f"{path}: row {number + 1}: column split", _shown(role), "train, query or database"
+        )
     return role
 
 
@@ -91,16 +107,18 @@ def read_items(
     VhablError naming the file and the row.
     """
     if not path.exists():
-        fail(path, "no such file", "a .csv, .tsv, .jsonl or .parquet table")
+        fail(path, "no such file", "Give a .csv, .tsv, .jsonl or .parquet table")
     rows = list(_rows(path))
     columns = list(dict.fromkeys(column for row in rows for column in row))
     known = ", ".join(columns) or "none"
     has = {c: c in columns for c in (config.image_column, config.caption_column)}
     for number, row in enumerate(rows):
         for column in (c for c, there in has.items() if there and c not in row):
-            fail(f"{path}: row {number + 1}", "no such column", f"{column}, as other rows have it")
+            do = "Give every row the same columns"
+            fail(f"{path}: row {number + 1}", f"no {column}, which other rows have", do)
     if not any(has.values()):
-        fail(f"{path}: columns", known, f"{config.image_column}, {config.caption_column} or both")
+        do = f"It needs {config.image_column}, {config.caption_column} or both"
+        fail(path, f"its columns are {known}", do)
     files = captions = None
     if has[config.image_column]:
         files = [_image(path, n, row, config) for n, row in enumerate(rows)]
@@ -139,7 +157,7 @@ def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> 
     if not isinstance(name, str) or not name:
         where = f"{path}: row {number + 1}: column {config.image_column}"
         expected = 'a file name, or a picture as {"bytes": ..., "path": ...} with bytes in base64'
-        fail(where, _shown(cell), expected)
+        fail(where, _shown(cell), f"Give {expected}")
     return path.parent / config.image_root / name.replace("\\", "/")
 
 
@@ -193,7 +211,9 @@ def _captions(
             continue
         if not isinstance(text, str) or text.startswith(("{'", '{"')):
             where = f"{path}: row {number + 1}: column {config.caption_column}"
-            fail(where, _shown(cell), 'a text, or a list of texts such as ["a dog", "two dogs"]')
+            fail(
+                where, _shown(cell), 'Give a text, or a list of texts such as ["a dog", "two dogs"]'
+            )
         texts.append(text)
     return texts or [None]
 
@@ -213,7 +233,7 @@ def _labels(path: Path, rows: Sequence[dict[str, Any]], config: DataConfig) -> l
     if sizes != {len(names)}:
         what = f"{' or '.join(map(str, sorted(sizes)))} numbers of 0 and 1 a row"
         expected = "a number for each of data.class_names, or names of classes"
-        fail(f"{path}: column {column}", what, expected)
+        fail(f"{path}: column {column}", what, f"Give {expected}")
     return [[name for name, has in zip(names, own, strict=False) if has[0] == "1"] for own in found]
 
 
@@ -233,10 +253,10 @@ def _names(where: str, cell: Any, separator: str) -> list[str]:
         whole = isinstance(part, float) and part.is_integer()  # pandas makes floats of numbers
         if isinstance(part, bool) or not (isinstance(part, str | int) or whole):
             expected = f'names of classes, such as "red{separator}square" or ["red", "square"]'
-            fail(where, _shown(cell), expected)
-        name = part.strip() if isinstance(part, str) else str(int(part))
+            fail(where, _shown(cell), f"Give {expected}")
+        name = normalize("NFC", part.strip()) if isinstance(part, str) else str(int(part))
         if _BITS.fullmatch(name):
-            fail(where, f"the text {_shown(name)}", f"0 and 1 with {separator!r} between them")
+            fail(where, f"the text {_shown(name)}", f"Put {separator!r} between 0 and 1")
         names.append(name)
     return names
 
@@ -248,19 +268,20 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
         if ending == ".parquet":
             return _parquet_rows(path)
         if ending not in (".csv", ".tsv", ".jsonl"):
-            fail(path, f"a file name that ends with {ending!r}", f"a table: {kinds}")
+            fail(path, f"no table ends with {ending!r}", f"Give one of {kinds}")
         file = io.StringIO(_text(path), newline="")
         if ending == ".jsonl":
             return [_json_row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
         delimiter = "\t" if ending == ".tsv" else ","
         rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
     except (csv.Error, IsADirectoryError) as error:
-        fail(path, f"content that cannot be read ({error})", f"a table: {kinds}")
+        fail(path, f"it cannot be read ({error})", f"It must be a table: {kinds}")
     if rows and delimiter == "," and len(rows[0]) == 1 and ";" in next(iter(rows[0])):
-        fail(f"{path}: line 1", "';' between the columns", "',': save it as CSV with commas")
+        fail(f"{path}: line 1", "';' stands between the columns", "Save it as CSV with commas")
     for number, row in enumerate(rows, 1):  # a comma without quotes moves all cells after it
         if None in row or None in row.values():
-            fail(f"{path}: row {number}", "more or fewer cells than columns", "one cell a column")
+            do = "Put quotes around a cell that has a comma"
+            fail(f"{path}: row {number}", "more or fewer cells than columns", do)
     return rows
 
 
@@ -270,16 +291,16 @@ def _text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        fail(f"{path}: line {line}", "bytes that are not UTF-8", "UTF-8: save it as CSV UTF-8")
+        fail(f"{path}: line {line}", "its bytes are not UTF-8", "Save it as CSV UTF-8")
 
 
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        fail(f"{path}: line {number}", f"text that is not JSON ({error})", "an object")
+        fail(f"{path}: line {number}", f"this is not JSON ({error})", "Each line must be an object")
     if not isinstance(row, dict):
-        fail(f"{path}: line {number}", f"a {type(row).__name__}", "an object")
+        fail(f"{path}: line {number}", f"a {type(row).__name__}", "Each line must be an object")
     return row
 
 
@@ -288,9 +309,9 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise VhablError(
-            f"{path}: found a Parquet file and no pyarrow; expected it: pip install pyarrow"
+            f"{path}: Parquet needs pyarrow, which is not installed: pip install pyarrow"
         ) from None
     try:
         return list(parquet.read_table(path).to_pylist())
     except (ArrowException, OSError) as error:
-        fail(path, f"content that cannot be read ({brief(error)})", "a Parquet table")
+        fail(path, f"it cannot be read ({brief(error)})", "It must be a Parquet table")

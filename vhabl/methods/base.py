@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vhabl.codes import binarise
 from vhabl.encoders import Encoder, Tokens
-from vhabl.errors import fail
+from vhabl.errors import bad_value, fail
 from vhabl.layers import FusedHashNet, StandIn
 from vhabl.losses import TARGETS, class_shares, doubling_lengths
 from vhabl.types import Batch, DataSpec, Embeddings, Inputs
@@ -74,11 +74,8 @@ class HashingMethod(nn.Module, ABC):
         if self.stand_in is not None:
             return self.stand_in(found)
         if self.task == "fused" and (found.image is None or found.text is None):
-            fail(
-                "inputs",
-                "items without an image or without a text",
-                "both: the model was trained with no modality missing (modality_dropout)",
-            )
+            do = "Give both: the model was trained with no modality missing (modality_dropout)"
+            fail("inputs", "items without an image or without a text", do)
         return found
 
     def relax_lengths(self, inputs: Inputs, lengths: Sequence[int]) -> dict[int, dict[str, Tensor]]:
@@ -107,10 +104,10 @@ class HashingMethod(nn.Module, ABC):
     def check_length(self, bits: int) -> None:
         """Raise VhablError where the model cannot serve this code length."""
         if self.any_length and not 1 <= bits <= self.bits:
-            fail("key bits", str(bits), f"a code length from 1 to {self.bits}, which the model has")
+            bad_value("bits", bits, f"a code length from 1 to {self.bits}, which the model has")
         if not self.any_length and bits not in self.lengths:
             known = ", ".join(map(str, self.lengths))
-            fail("key bits", str(bits), f"a code length that the model was trained for: {known}")
+            bad_value("bits", bits, f"a code length that the model was trained for: {known}")
 
     def bit_importance(self) -> Tensor | None:
         """What each bit of a code weighs, [K], where the method ranks bits. Default: nothing."""
@@ -147,15 +144,15 @@ def stand_in(encoder: Encoder, rate: float) -> StandIn | None:
 def check_nesting(target: str, shortest: int) -> None:
     """Check the two settings that every method with nested similarity terms has."""
     if target not in TARGETS:
-        fail("key model.target", repr(target), " or ".join(TARGETS))
+        bad_value("model.target", repr(target), " or ".join(TARGETS))
     if shortest < 1:
-        fail("key model.shortest", str(shortest), "a code length of at least 1")
+        bad_value("model.shortest", shortest, "at least 1")
 
 
 def check_centres(centres: str) -> None:
     """Check the setting of the methods that have class centres."""
     if centres not in ("raw", "tanh"):
-        fail("key model.centres", repr(centres), "raw or tanh")
+        bad_value("model.centres", repr(centres), "raw or tanh")
 
 
 def class_centres(classes: int, bits: int, kind: str) -> nn.Parameter:

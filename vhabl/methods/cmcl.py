@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vhabl import losses
 from vhabl.encoders import Encoder
-from vhabl.errors import fail
+from vhabl.errors import bad_value
 from vhabl.layers import ClipBlock, CodeMemory, LengthHeads, ResidualMLP
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import key
@@ -105,11 +105,11 @@ class CMCL(HashingMethod):
     def check_settings(cls, settings: CMCLSettings) -> None:
         for name, least in (("dim", 1), ("blocks", 0), ("auxiliary", 1), ("concepts", 0)):
             if getattr(settings, name) < least:
-                fail(f"key model.{name}", str(getattr(settings, name)), f"at least {least}")
+                bad_value(f"model.{name}", getattr(settings, name), f"at least {least}")
         if not 0 <= settings.dropout < 1:
-            fail("key model.dropout", str(settings.dropout), "0 up to below 1")
+            bad_value("model.dropout", settings.dropout, "at least 0 and below 1")
         if settings.temperature <= 0:
-            fail("key model.temperature", str(settings.temperature), "more than 0")
+            bad_value("model.temperature", settings.temperature, "more than 0")
 
     def features(self, inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Global features [B, D] and concepts [B, M, D] of the modalities that there are."""

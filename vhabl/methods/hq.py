@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vhabl import codebooks
 from vhabl.codes import binarise
 from vhabl.encoders import Encoder
-from vhabl.errors import fail
+from vhabl.errors import bad_value, fail
 from vhabl.layers import ResidualMLP
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import key
@@ -76,11 +76,9 @@ class HQ(HashingMethod):
     ) -> None:
         super().__init__(spec, bits, settings, encoder)
         if settings.pairs == "rows" and spec.paired:
-            fail(
-                "key model.pairs",
-                "'rows' with training images and texts that are pairs, which all are similar",
-                "all, or another order of the texts: data.text_order=SEED",
-            )
+            what = "image i and text i are one item, so that all training pairs are similar"
+            do = "Set model.pairs=all, or another order of the texts: data.text_order=SEED"
+            fail("model.pairs 'rows'", what, do)
         dim, widths = settings.dim, {"image": encoder.image_dim, "text": encoder.text_dim}
         branches: dict[str, nn.Module]
         if settings.branches == "plain":
@@ -113,14 +111,14 @@ class HQ(HashingMethod):
     def check_settings(cls, settings: HQSettings) -> None:
         for name, known in (("branches", ("residual", "plain")), ("pairs", ("all", "rows"))):
             if getattr(settings, name) not in known:
-                fail(f"key model.{name}", repr(getattr(settings, name)), " or ".join(known))
+                bad_value(f"model.{name}", repr(getattr(settings, name)), " or ".join(known))
         for name in ("dim", "dictionaries", "begin"):
             if getattr(settings, name) < 1:
-                fail(f"key model.{name}", str(getattr(settings, name)), "at least 1")
+                bad_value(f"model.{name}", getattr(settings, name), "at least 1")
         if not 2 <= settings.centres <= 65536:
-            fail("key model.centres", str(settings.centres), "2 to 65536")
+            bad_value("model.centres", settings.centres, "from 2 to 65536")
         if not 0 <= settings.dropout < 1:
-            fail("key model.dropout", str(settings.dropout), "0 up to below 1")
+            bad_value("model.dropout", settings.dropout, "at least 0 and below 1")
 
     def hidden(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the branches give, [B, D], of the modalities that there are."""

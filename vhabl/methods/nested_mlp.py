@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vhabl import losses
 from vhabl.encoders import Encoder
-from vhabl.errors import fail
+from vhabl.errors import bad_value
 from vhabl.layers import PlainNet
 from vhabl.methods.base import HashingMethod, check_nesting, stand_in
 from vhabl.settings import key
@@ -47,10 +47,10 @@ class NestedMLP(HashingMethod):
     def check_settings(cls, settings: NestedMLPSettings) -> None:
         check_nesting(settings.target, settings.shortest)
         if settings.dim < 1:
-            fail("key model.dim", str(settings.dim), "a width of at least 1")
+            bad_value("model.dim", settings.dim, "at least 1")
         for name in ("dropout", "modality_dropout"):
             if not 0 <= getattr(settings, name) < 1:
-                fail(f"key model.{name}", str(getattr(settings, name)), "0 up to below 1")
+                bad_value(f"model.{name}", getattr(settings, name), "at least 0 and below 1")
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:
         return {"fused": self.net(self.embeddings(inputs))[0]}

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vhabl import losses
 from vhabl.codes import binarise
 from vhabl.encoders import Encoder
-from vhabl.errors import fail
+from vhabl.errors import bad_value, fail
 from vhabl.layers import ClipBlock, CodeMemory, LengthHeads, ResidualMLP, last_tokens
 from vhabl.methods.base import HashingMethod, stand_in
 from vhabl.settings import key
@@ -114,7 +114,7 @@ class PGHMH(HashingMethod):
         super().__init__(spec, bits, settings, encoder)
         dim = encoder.image_dim if encoder.tokens else settings.dim
         if dim % settings.heads:
-            fail("key model.heads", str(settings.heads), f"a divisor of the width {dim}")
+            bad_value("model.heads", settings.heads, f"a divisor of the width {dim}")
         self.stand_in = stand_in(encoder, settings.modality_dropout)
         widths = {"image": encoder.image_dim, "text": encoder.text_dim}
         # Towers end in a joint space; features need a way into one.
@@ -150,17 +150,17 @@ class PGHMH(HashingMethod):
     def check_settings(cls, settings: PGHMHSettings) -> None:
         for name in ("dim", "layers", "heads", "auxiliary"):
             if getattr(settings, name) < 1:
-                fail(f"key model.{name}", str(getattr(settings, name)), "at least 1")
+                bad_value(f"model.{name}", getattr(settings, name), "at least 1")
         for name in ("context", "blocks"):
             if getattr(settings, name) < 0:
-                fail(f"key model.{name}", str(getattr(settings, name)), "at least 0")
+                bad_value(f"model.{name}", getattr(settings, name), "at least 0")
         for name in ("dropout", "block_dropout", "modality_dropout"):
             if not 0 <= getattr(settings, name) < 1:
-                fail(f"key model.{name}", str(getattr(settings, name)), "0 up to below 1")
+                bad_value(f"model.{name}", getattr(settings, name), "at least 0 and below 1")
         if not 0 <= settings.truth <= 1:
-            fail("key model.truth", str(settings.truth), "0 to 1")
+            bad_value("model.truth", settings.truth, "from 0 to 1")
         if settings.temperature <= 0:
-            fail("key model.temperature", str(settings.temperature), "more than 0")
+            bad_value("model.temperature", settings.temperature, "more than 0")
 
     def _read_names(self, spec: DataSpec, width: int) -> Tensor:
         """A first vector for each class, [C, w] of length 1: its name in the templates as the text
@@ -169,11 +169,9 @@ class PGHMH(HashingMethod):
         if not self.encoder.tokens:
             return F.normalize(torch.randn(spec.classes, width), dim=1)
         if len(spec.class_names) != spec.classes:
-            fail(
-                "key data.class_names",
-                f"{len(spec.class_names)} names",
-                f"{spec.classes}: the prompts of {self.title} are made of them",
-            )
+            what = f"{len(spec.class_names)} names for {spec.classes} classes"
+            do = f"The prompts of {self.title} are made of them: give one for each"
+            fail("data.class_names", what, do)
         names = [name.replace("_", " ").replace("-", " ") for name in spec.class_names]
         texts = [template.format(name) for template in TEMPLATES for name in names]
         read = F.normalize(self.encoder.read(texts), dim=1).unflatten(0, (len(TEMPLATES), -1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vhabl import losses
 from vhabl.encoders import Encoder
-from vhabl.errors import fail
+from vhabl.errors import bad_value
 from vhabl.layers import FusedHashNet, FusedNetSettings
 from vhabl.methods.base import (
     HashingMethod,
@@ -89,7 +89,7 @@ class VHABL(HashingMethod):
         check_nesting(settings.target, settings.shortest)
         check_centres(settings.centres)
         if not 0 <= settings.momentum < 1:
-            fail("key model.momentum", str(settings.momentum), "0 up to below 1")
+            bad_value("model.momentum", settings.momentum, "at least 0 and below 1")
         settings.net.check()
 
     def embed(self, inputs: Inputs) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def pack_labels(query: np.ndarray, database: np.ndarray) -> tuple[np.ndarray, np
     top = max((float(np.max(side, initial=0)) for side in both), default=0.0)
     for name, side in zip(("query", "database"), both, strict=True):
         if (side.dtype.kind == "f" and not np.isfinite(side).all()) or np.min(side, initial=0) < 0:
-            fail(f"{name} labels", "a negative or undefined degree", "degrees from 0 up")
+            fail(f"{name} labels", "a negative or undefined degree", "Degrees must be 0 or more")
     unit = 1.0
     fractions = any(side.dtype.kind == "f" and (side != np.rint(side)).any() for side in both)
     if fractions or top > GRADES:
@@ -98,23 +98,25 @@ def check(codes: Codes) -> None:
             values = getattr(codes, name if kind == "codes" else f"{name}_labels")
             if not isinstance(values, np.ndarray) or values.ndim != 2:
                 shape = getattr(values, "shape", type(values).__name__)
-                fail(f"{name} {kind}", f"shape {shape}", "an array, items x bits or classes")
+                do = "They must be an array, items x bits or classes"
+                fail(f"{name} {kind}", f"shape {shape}", do)
             if values.dtype.kind not in "fiub" or values.shape[1] == 0:
                 found = f"{values.shape[1]} columns of type {values.dtype}"
-                fail(f"{name} {kind}", found, "numbers, at least one column")
+                fail(f"{name} {kind}", found, "They must be numbers in at least one column")
         signs = getattr(codes, name)
         step = max(1, (1 << 24) // max(1, signs.shape[1]))
         for start in range(0, len(signs), step):
             part = signs[start : start + step]
             right = (part == 1) | (part == -1)
             if not right.all():
-                fail(f"{name} codes", f"the value {part[~right][0]:g}", "-1 and +1")
+                fail(f"{name} codes", f"the value {part[~right][0]:g}", "Codes must be -1 and +1")
     for what, one, other in (
         ("bits", codes.query, codes.database),
         ("classes", codes.query_labels, codes.database_labels),
     ):
         if one.shape[1] != other.shape[1]:
-            fail("query and database", f"{one.shape[1]} and {other.shape[1]} {what}", "as many")
+            do = "Both must have as many"
+            fail("query and database", f"{one.shape[1]} and {other.shape[1]} {what}", do)
 
 
 @dataclass(frozen=True)
@@ -143,21 +145,25 @@ class Packed:
         for name in ("query", "database"):
             rows, labels = getattr(self, name), getattr(self, f"{name}_labels")
             if len(rows) == 0 or self.bits < 1:
-                fail(f"{name} codes", f"{len(rows)} items of {self.bits} bits", "at least one")
+                do = "There must be at least one"
+                fail(f"{name} codes", f"{len(rows)} items of {self.bits} bits", do)
             if rows.shape != (len(rows), words):
-                fail(f"{name} codes", f"shape {rows.shape}", f"{words} words for {self.bits} bits")
+                fail(f"{name} codes", f"shape {rows.shape}", f"{self.bits} bits take {words} words")
             if len(labels) != len(rows):
-                fail(f"{name} labels", f"{len(labels)} rows", f"{len(rows)}, one for each code")
+                do = "Give one for each"
+                fail(f"{name} labels", f"{len(labels)} rows for {len(rows)} codes", do)
         widths = self.query_labels.shape[1:], self.database_labels.shape[1:]
         if widths[0] != widths[1] or widths[0][0] == 0:
-            fail("labels", f"{widths[0]} and {widths[1]} words a row", "as many, at least one")
+            do = "Both must have as many, at least one"
+            fail("labels", f"{widths[0]} and {widths[1]} words a row", do)
         w, own = self.weights, self.own
         if w is not None and (w.shape != (self.bits,) or w.dtype.kind not in "iu" or w.min() < 0):
-            expected = f"{self.bits} integers, not negative"
-            fail("weights", f"shape {w.shape} of type {w.dtype}, or a negative one", expected)
+            do = f"They must be {self.bits} integers, not negative"
+            fail("weights", f"shape {w.shape} of type {w.dtype}, or a negative one", do)
         items = len(self.database)
         if own is not None and (own.shape != (len(self.query),) or own.max() >= items):
-            fail("own", f"shape {own.shape}", f"a position below {items} or -1 for each query")
+            do = f"It must be a position below {items} or -1 for each query"
+            fail("own", f"shape {own.shape}", do)
 
     @classmethod
     def of(

@@ -143,7 +143,7 @@ def pick_kernel(name: Kernel) -> ModuleType:
     if name == "torch":
         return kernel_torch
     if not find_spec(name):
-        fail("kernel", repr(name), f"{name} installed, or the kernel torch")
+        fail(f"kernel {name!r}", f"{name} is not installed", "Install it, or take the kernel torch")
     if name == "triton":
         from vhabl.metrics import kernel_triton
 

@@ -33,11 +33,11 @@ def main(arguments: list[str]) -> int:
     folders = [Path(text) for text in given.given if "=" not in text]
     records = {file.parent: read_records(file) for folder in folders for file in _files(folder)}
     if not records:
-        errors.fail("argument FOLDER", "nothing", "folders of runs that training wrote")
+        errors.fail("FOLDER", "none is given", "Give folders of runs that training wrote")
     measures = sorted({row.measure for rows in records.values() for row in rows})
     if given.measure not in measures:
         near = get_close_matches(given.measure, measures, 5, 0.0)
-        errors.fail("argument --measure", given.measure, f"a measure such as {', '.join(near)}")
+        errors.bad_value("--measure", given.measure, f"a measure such as {', '.join(near)}")
     data_sets = dict.fromkeys(row.data for rows in records.values() for row in rows)
     out = given.out or folders[0] / "report"
     for data in data_sets:
@@ -60,7 +60,9 @@ def main(arguments: list[str]) -> int:
 def _files(folder: Path) -> list[Path]:
     found = sorted(folder.rglob(METRICS_FILE))
     if not found:
-        errors.fail(folder, f"no {METRICS_FILE}", "a folder of runs that training wrote")
+        errors.fail(
+            folder, f"no {METRICS_FILE} is in it", "Give a folder of runs that training wrote"
+        )
     return found
 
 

@@ -63,7 +63,7 @@ def load(file: Path) -> Any:
     try:
         return faiss.read_index_binary(str(file))
     except RuntimeError as error:
-        fail(file, f"what FAISS cannot read ({brief(error)})", "what vhabl.search wrote")
+        fail(file, f"FAISS cannot read it ({brief(error)})", "It must be what vhabl.search wrote")
 
 
 def nearest(

@@ -119,17 +119,17 @@ class Engine(Protocol):
 def check_new(folder: Path) -> None:
     """Raise VhablError where there is something already."""
     if folder.exists():
-        fail(folder, "a file or folder", "nothing: an index is written anew")
+        fail(folder, "it exists already", "Choose a new folder for the index")
 
 
 def check_ids(ids: Sequence[str]) -> None:
     """Raise VhablError for no item, or for an id that comes twice."""
     if not ids:
-        fail("items", "none", "at least one")
+        fail("items", "none is given", "Give at least one")
     seen: set[str] = set()
     for identity in ids:
         if identity in seen:
-            fail(f"id {identity}", "it twice", "ids that differ")
+            fail(f"id {identity}", "it comes twice", "Ids must differ")
         seen.add(identity)
 
 
@@ -137,8 +137,8 @@ def refuse_id(folder: Path, identity: str, there: bool) -> NoReturn:
     """Raise VhablError for an id that is there already, or that is not."""
     where = f"{folder}: id {identity}"
     if there:
-        fail(where, "an item that has it", "a new id")
-    fail(where, "no item that has it", "the id of an item")
+        fail(where, "an item has it already", "Choose a new id")
+    fail(where, "no item has it", "Give the id of an item")
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -162,11 +162,11 @@ def read_meta(
     """
     path = folder / META
     if not path.is_file():
-        fail(folder, f"no {META}", "an index that python -m vhabl.search build wrote")
+        fail(folder, f"no {META} is in it", "Give an index that python -m vhabl.search build wrote")
     try:
         meta = dict(json.loads(path.read_text(encoding="utf-8")))
         if meta["format"] != FORMAT:
-            fail(path, f"format {meta['format']}", f"format {FORMAT}: build the index again")
+            fail(path, f"format {meta['format']} in place of {FORMAT}", "Build the index again")
         for name in ABOUT.keys() & meta.keys():
             if not _is(meta[name], ABOUT[name]):
                 raise ValueError(f"a value of another type as {name}")
@@ -183,5 +183,5 @@ def read_meta(
     except VhablError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        fail(path, f"a damaged description ({brief(error)})", "what vhabl.search wrote")
+        fail(path, f"the description is damaged ({brief(error)})", "Build the index again")
     return meta

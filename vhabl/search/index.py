@@ -27,7 +27,7 @@ from vhabl.data import collection
 from vhabl.data.images import Picture
 from vhabl.encode import Images, Model, Texts, read_codes
 from vhabl.encode import load as load_model
-from vhabl.errors import fail
+from vhabl.errors import bad_value, fail
 from vhabl.metrics import integer_weights
 from vhabl.search import approximate, scan, store
 from vhabl.search.engine import (
@@ -69,7 +69,7 @@ class Index:
         folder = Path(folder)
         meta = read_meta(folder)
         for name in ABOUT.keys() - meta.keys():
-            fail(folder / META, f"no {name}", "what vhabl.search wrote")
+            fail(folder / META, f"no {name} is in it", "Build the index again")
         if meta["engine"] == "milvus":
             from vhabl.search.milvus import Collection
 
@@ -103,14 +103,17 @@ class Index:
         folder = Path(folder)
         check_new(folder)
         if engine not in ENGINES:
-            fail("key engine", repr(engine), " or ".join(ENGINES))
+            bad_value("engine", repr(engine), " or ".join(ENGINES))
         if engine == "milvus" and graphs:
-            fail("key graphs", " and ".join(graphs), "none: Milvus has indexes of its own")
+            fail(
+                f"graphs {' and '.join(graphs)}", "Milvus has indexes of its own", "Leave them out"
+            )
         for kind in graphs:
             if kind not in approximate.GRAPHS:
-                fail("key graphs", repr(kind), " or ".join(approximate.GRAPHS))
+                bad_value("graphs", repr(kind), " or ".join(approximate.GRAPHS))
         if uri and engine != "milvus":
-            fail("key uri", repr(uri), "none but for the engine milvus")
+            do = "Leave it out, or choose that engine"
+            fail(f"uri {uri!r}", "the engine milvus alone has one", do)
         model = load_model(run, device)
         model.method.check_length(model.method.bits if bits is None else bits)
         config = model.run.config.data if data is None else load_data_config(data, overrides)
@@ -163,7 +166,8 @@ class Index:
             meta = self.engine.meta
             model = load_model(meta["run"], self.device)
             if model.run.digest != meta["digest"]:
-                fail(meta["run"], "another model than the index was built with", meta["method"])
+                do = "Put the run back, or build the index again"
+                fail(meta["run"], f"its weights are not those of the index ({meta['method']})", do)
             self._model = model
         return self._model
 
@@ -194,7 +198,7 @@ class Index:
         bits = self.check(top, bits, mode)
         if like is not None:
             if text is not None or image is not None:
-                fail("query", "an item beside a text or an image", "one of them")
+                fail("query", "an item beside a text or an image", "Give one of them")
             view = self.view("", against)
             return self.find(view, self.engine.item(like)[1][view][None], top, bits, mode, where)[0]
         own, asked = self.encode_query(text, image)
@@ -207,7 +211,7 @@ class Index:
     ) -> tuple[str, Encoded]:
         """The view of a query's code, and its codes. Raises VhablError where it has none."""
         if text is None and image is None:
-            fail("query", "neither a text nor an image", "one of them, or both")
+            fail("query", "neither a text nor an image", "Give one of them, or both")
         if text is not None and image is None:
             self.model.unknown_words(text)  # raises where it knows none
         asked = self._encode(
@@ -215,25 +219,25 @@ class Index:
         )
         own = "fused" if "fused" in asked.codes else "text" if text is not None else "image"
         if own != "fused" and len(asked.codes) > 1:
-            fail("query", "a text and an image", "one of them: the method encodes them apart")
+            fail("query", "a text and an image", "Give one of them: the method encodes them apart")
         return own, asked
 
     def check(self, top: int, bits: int | None, mode: Mode) -> int:
         """The code length asked for. Raises VhablError for what the index does not serve."""
         if not isinstance(top, int) or top < 1:
-            fail("key top", str(top), "at least 1")
+            bad_value("top", top, "at least 1")
         modes, method = self.engine.modes, self.engine.meta["method"]
         if mode not in modes:
-            fail("key mode", repr(mode), f"{' or '.join(modes)}, as the index of {method} has")
+            bad_value("mode", repr(mode), f"{' or '.join(modes)}, as the index of {method} has")
         whole = self.engine.bits
         if bits is None or bits == whole:
             return whole
         if not self.engine.meta["any_length"]:
-            fail("key bits", str(bits), f"{whole}, the only length of this index")
+            bad_value("bits", bits, f"{whole}, the only length of this index")
         if not 1 <= bits <= whole:
-            fail("key bits", str(bits), f"a length from 1 to {whole}, which the index has")
+            bad_value("bits", bits, f"a length from 1 to {whole}, which the index has")
         if mode in approximate.GRAPHS or not self.engine.prefixes:
-            fail("key bits", str(bits), f"{whole}: mode {mode} of this index compares whole codes")
+            bad_value("bits", bits, f"{whole}: mode {mode} of this index compares whole codes")
         return bits
 
     def view(self, own: str, against: str) -> str:
@@ -243,7 +247,7 @@ class Index:
             other = {"text": "image", "image": "text"}.get(own, own)
             return other if other in views else views[0]
         if against not in views:
-            fail("key against", repr(against), " or ".join(views))
+            bad_value("against", repr(against), " or ".join(views))
         return against
 
     def search_codes(
@@ -258,7 +262,7 @@ class Index:
         """The nearest items of each +-1 code [Q, bits of the index]. Raises VhablError."""
         bits = self.check(top, bits, mode)
         if codes.ndim != 2 or codes.shape[1] != self.engine.bits:
-            fail("codes", f"shape {codes.shape}", f"[N, {self.engine.bits}], as the index has")
+            fail("codes", f"shape {codes.shape}", f"The index needs [N, {self.engine.bits}]")
         return self.find(view, pack(codes), top, bits, mode, where)
 
     def find(
@@ -276,7 +280,7 @@ class Index:
         """
         wanted = parse(where, self.engine.class_names) if where else None
         if mode == "two-stage" and features is None:
-            fail("key mode", "two-stage for a code", "a text or an image, which has features")
+            fail("mode two-stage", "a code has no features", "Give a text or an image")
         return self.engine.find(Query(view, packed, bits, top, mode, wanted, features))
 
     # -- changes -----------------------------------------------------------------------------------
@@ -294,16 +298,18 @@ class Index:
         encoded = self._encode(images, texts)
         missing = [view for view in self.engine.views if view not in encoded.codes]
         if missing:
-            fail("items", f"no {missing[0]}", f"{' and '.join(self.engine.views)} of each")
+            do = f"Give {' and '.join(self.engine.views)} of each"
+            fail("items", f"no {missing[0]} is given", do)
         if any(len(rows) != len(ids) for rows in encoded.codes.values()):
             found = len(next(iter(encoded.codes.values())))
-            fail("ids", str(len(ids)), f"{found}, as there are items")
+            fail("ids", f"{len(ids)} for {found} items", "Give one for each")
         names = self.engine.class_names
         matrix = np.zeros((len(ids), len(names)), np.uint8)
         for row, own in enumerate(labels or [()] * len(ids)):
             for name in own:
                 if name not in names:
-                    fail(f"labels of {ids[row]}", repr(name), "a class of the index")
+                    do = "Give names of its classes"
+                    fail(f"labels of {ids[row]}", f"{name!r} is no class of the index", do)
                 matrix[row, names.index(name)] = 1
         kept = _kept(ids, images, texts, matrix)
         centres = self.model.method.codebook(self.engine.bits) if encoded.features else None

@@ -63,12 +63,13 @@ class Collection:
         uri = self.meta["uri"]
         self.address = str(folder / EMBEDDED) if uri == EMBEDDED else uri
         if is_file(self.address) and not Path(self.address).is_file():
-            fail(self.address, "no such file", "the embedded collection of the index")
+            fail(self.address, "no such file", "Put the embedded collection of the index back")
         self.client = connect(self.address)
         with said(self.address):
             there = self.client.has_collection(self.name)
         if not there:
-            fail(self.address, f"no collection {self.name}", f"the one that {folder / META} names")
+            do = "Build the index again"
+            fail(self.address, f"no collection {self.name}, which {folder / META} names", do)
 
     def __len__(self) -> int:
         with said(self.address):
@@ -266,8 +267,8 @@ def batches(codes: dict[str, np.ndarray], items: Items) -> list[list[dict[str, A
         }
         for name, value in row.items():
             if len(value.encode("utf-8", "replace")) > LONGEST:
-                fail(f"item {identity[:80]}: {name}", f"{len(value):,} characters",
-                     f"at most {LONGEST:,} bytes, which Milvus holds")  # fmt: skip
+                do = f"Milvus holds at most {LONGEST:,} bytes"
+                fail(f"item {identity[:80]}: {name}", f"{len(value):,} characters", do)
         row["bucket"] = int(buckets[n])
         rows.append(row | {field_of(view): packed[n].tobytes() for view, packed in codes.items()})
     return in_batches(rows)
@@ -320,7 +321,7 @@ def connect(address: str) -> Any:
                 import milvus_lite  # noqa: F401
     except ImportError as error:
         what = "the package milvus-lite" if is_file(address) else "the package pymilvus"
-        fail("engine milvus", f"no {error.name or what}", "pip install 'vhabl[milvus]'")
+        fail("engine milvus", f"no {error.name or what}", "Install it: pip install 'vhabl[milvus]'")
     with said(address):
         return MilvusClient(address, timeout=TIMEOUT)
 
@@ -342,4 +343,4 @@ def said(address: str) -> Iterator[None]:
             found = " ".join(error.message.split())[:120]
             if "connect" in found.lower():
                 found = f"no answer (it is waited for {TIMEOUT:g} seconds)"
-        fail(f"Milvus at {address}", found, "a server that answers, or an embedded file")
+        fail(f"Milvus at {address}", found, "Start the server, or give an embedded file")

@@ -38,7 +38,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vhabl.data.images import FORMATS, open_image
-from vhabl.errors import VhablError, fail
+from vhabl.errors import VhablError, bad_value, fail
 from vhabl.search.engine import Hit, Mode
 from vhabl.search.index import Index
 
@@ -117,11 +117,11 @@ class Page:
         started = time.perf_counter()
         names = self.index.engine.class_names
         if top > TOP:
-            fail("key top", str(top), f"at most {TOP}")
+            bad_value("top", top, f"at most {TOP}")
         if expect and expect not in names:
-            fail("key expect", repr(expect), "the name of a class of the index")
+            bad_value("expect", repr(expect), "the name of a class of the index")
         if sum(given is not None for given in (like, code)) + bool(text or image) > 1:
-            fail("query", "several of a text or picture, an item and a code", "one of them")
+            fail("query", "several of a text or picture, an item and a code", "Give one of them")
         with self._turn():
             bits = self.index.check(top, bits, mode)
             wanted = {expect} if expect else set()
@@ -159,7 +159,7 @@ class Page:
     def _turn(self) -> Iterator[None]:
         """The index for this request alone, once those before it are done."""
         if not self.lock.acquire(timeout=PATIENCE):
-            said = f"server: found others at work for {PATIENCE} seconds; expected fewer requests"
+            said = f"server: others were at work for {PATIENCE} seconds. Send fewer requests"
             raise HTTPException(503, said)
         try:
             yield
@@ -173,7 +173,7 @@ class Page:
         except ValueError:
             packed = np.zeros(0, np.uint8)
         if len(packed) != math.ceil(bits / 8):
-            fail("key code", f"{digits[:40]!r}", f"a code of {bits} bits in hexadecimal digits")
+            bad_value("code", f"{digits[:40]!r}", f"{bits} bits in hexadecimal digits")
         return packed[None]
 
     def items(self) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ class Page:
         with self._turn():
             hit, _ = self.index.engine.item(identity)
         if not hit.image:
-            fail(f"id {identity}", "an item without a picture", "one that has a picture")
+            fail(f"id {identity}", "the item has no picture", "Choose another one")
         try:
             with Image.open(hit.image, formats=FORMATS) as opened:
                 clear = opened.has_transparency_data
@@ -204,7 +204,7 @@ class Page:
                 )
             image.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            fail(f"picture of {identity}", "a file that is gone or damaged", "that of the index")
+            fail(f"picture of {identity}", "the file is gone or damaged", "Put it back")
         buffer = io.BytesIO()
         kind, options = (
             ("PNG", {}) if clear or max(image.size) <= 128 else ("JPEG", {"quality": 90})
@@ -219,9 +219,9 @@ def uploaded(content: bytes) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
     except Exception:  # damaged bytes raise many types
-        fail("upload", "no picture", f"one of {', '.join(FORMATS)}")
+        fail("upload", "this is no picture", f"Send one of {', '.join(FORMATS)}")
     if width * height > PIXELS:
-        fail("upload", f"{width:,} x {height:,} pixels", f"at most {PIXELS:,} pixels")
+        fail("upload", f"{width:,} x {height:,} pixels", f"Send at most {PIXELS:,} pixels")
     return open_image(io.BytesIO(content), "upload")
 
 
@@ -252,10 +252,12 @@ class Limits:
                 async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
-                await end(408, f"request: found no whole body; expected it in {PATIENCE} seconds")
+                await end(
+                    408, f"request: its body was not whole within {PATIENCE} seconds. Send it again"
+                )
             seen += len(message.get("body", b""))
             if seen > BODY:
-                said = f"request: found a longer body; expected at most {BODY:,} bytes"
+                said = f"request: its body is too long. Send at most {BODY:,} bytes"
                 await end(413, said)
             if not message.get("more_body"):  # what comes then is the end of the connection
                 until = None
@@ -272,13 +274,12 @@ class Limits:
 
         said = dict(scope["headers"]).get(b"content-length", b"0")
         if not said.isdigit() or int(said) > BODY:
-            await refuse(413, f"request: found {said[:20].decode('latin-1')} bytes; expected at "
-                              f"most {BODY:,}")(scope, receive, sent)  # fmt: skip
+            size = said[:20].decode("latin-1")
+            message = f"request: its body has {size} bytes. Send at most {BODY:,}"
+            await refuse(413, message)(scope, receive, sent)
             return
         if self.at_work >= AT_ONCE:
-            await refuse(503, "server: found too many requests at once; expected fewer")(
-                scope, receive, sent
-            )
+            await refuse(503, "server: too many requests at once. Send fewer")(scope, receive, sent)
             return
         self.at_work += 1
         try:
@@ -332,7 +333,7 @@ def make_app(index: Index, hosts: tuple[str, ...] = LOCAL) -> FastAPI:
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"][1:])) or "request"
-        return refuse(422, f"key {where}: found {str(first.get('input'))[:80]!r}; {first['msg']}")
+        return refuse(422, f"{where} is {str(first.get('input'))[:80]!r}. {first['msg']}")
 
     @app.exception_handler(HTTPException)
     def other(_: Request, error: HTTPException) -> JSONResponse:
@@ -415,7 +416,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def refuse_port(host: str, port: int, error: Exception) -> NoReturn:
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    fail(f"port {port} of {host}", said.lower(), "a port that is free (--port)")
+    fail(f"port {port} of {host}", said.lower(), "Choose a free one with --port")
 
 
 def server(index: Index, hosts: tuple[str, ...] = LOCAL) -> uvicorn.Server:

@@ -42,6 +42,7 @@ from vhabl.search.engine import (
 TEXTS = ("ids", "captions", "images")
 CENTRES = "centres.npy"
 _WRITTEN = "what vhabl.search wrote"
+_AGAIN = "Build the index again"
 _BLOCK = 2**24  # bytes of a file that are read at once for its checksum
 
 
@@ -50,7 +51,7 @@ def _array(path: Path, kind: Any, *shape: int) -> np.ndarray:
     found = open_array(path, _WRITTEN)
     if found.dtype != kind or found.shape != shape:
         said = f"shape {found.shape} of type {found.dtype}"
-        fail(path, said, f"{shape} of {np.dtype(kind)}, as {META} says")
+        fail(path, said, f"{META} says {shape} of {np.dtype(kind)}")
     return found
 
 
@@ -67,7 +68,7 @@ class Texts:
         try:
             return self.content[self.at[row] : self.at[row + 1]].tobytes().decode("utf-8")
         except UnicodeDecodeError:
-            fail(self.path, "bytes that are not UTF-8", f"those of {META}: the file was changed")
+            fail(self.path, "its bytes are not UTF-8", _AGAIN)
 
     @staticmethod
     def write(folder: Path, name: str, values: Sequence[str]) -> None:
@@ -116,10 +117,10 @@ class Segment:
         # Kernels go where these lead, without a look at the ends.
         for view, rows in self.starts.items():
             if rows[0] != 0 or rows[-1] != size or (np.diff(rows) < 0).any():
-                fail(folder / f"starts_{view}.npy", "buckets that do not follow", _WRITTEN)
+                fail(folder / f"starts_{view}.npy", "its buckets do not follow each other", _AGAIN)
         for view, rows in self.rows.items():
             if (rows >= size).any():
-                fail(folder / f"rows_{view}.npy", "an item that there is not", _WRITTEN)
+                fail(folder / f"rows_{view}.npy", "it names an item that there is not", _AGAIN)
 
     def items_of(self, view: str, rows: np.ndarray) -> np.ndarray:
         """Item numbers of a view's rows; -1 stays."""
@@ -216,7 +217,7 @@ def _checksum(path: Path) -> list[int]:
 def verify(path: Path, expected: Sequence[int]) -> None:
     """Raise VhablError where a file's checksum is another one than `_checksum` gave."""
     if _checksum(path)[1] != expected[1]:
-        fail(path, "another checksum", f"that of {META}: the file was changed")
+        fail(path, f"its checksum is not that of {META}", _AGAIN)
 
 
 class Store:
@@ -236,7 +237,8 @@ class Store:
             verify(folder / CENTRES, self.meta["centres"])
             self.centres = np.array(open_array(folder / CENTRES, _WRITTEN))
             if self.centres.dtype != np.float32 or self.centres.ndim != 3:
-                fail(folder / CENTRES, f"shape {self.centres.shape}", "[M, J, bits] of float32")
+                do = "It must be [M, J, bits] of float32"
+                fail(folder / CENTRES, f"shape {self.centres.shape}", do)
         self.segments = [self._open(name, part) for name, part in self.meta["segments"].items()]
 
     def _open(self, name: str, part: dict[str, Any]) -> Segment:
@@ -255,7 +257,7 @@ class Store:
         count, each = (0, 0) if self.centres is None else self.centres.shape[:2]
         fits = choices.shape == (size, count) and choices.dtype in (np.uint8, np.uint16)
         if not fits or (choices >= each).any():
-            fail(path, "numbers of centres that there are not", _WRITTEN)
+            fail(path, "it names centres that there are not", _AGAIN)
 
     def verify(self) -> None:
         """Read every file whole. Raises VhablError naming one that is not as it was written."""
@@ -561,7 +563,7 @@ def _check_size(path: Path, expected: Sequence[int]) -> None:
     found = path.stat().st_size if path.is_file() else None
     if found != expected[0]:
         said = "no such file" if found is None else f"{found:,} bytes"
-        fail(path, said, f"the {expected[0]:,} bytes that {META} names")
+        fail(path, said, f"{META} says {expected[0]:,} bytes. {_AGAIN}")
 
 
 def _merge(

@@ -97,7 +97,7 @@ class _Parser:
     def _within(self, part: Callable[[], Filter]) -> Filter:
         self.depth += 1
         if self.depth > DEEPEST:
-            fail("filter", f"more than {DEEPEST} brackets in each other", _FORM)
+            fail("filter", f"more than {DEEPEST} brackets in each other", f"Write {_FORM}")
         found = part()
         self.depth -= 1
         return found
@@ -111,8 +111,8 @@ class _Parser:
         name = token[1:-1].replace(2 * quote, quote)
         if name not in self.names:
             near = ", ".join(get_close_matches(name, self.names, 3, 0.0))
-            known = f"one such as {near}" if near else "no filter: the index has no labels"
-            fail(f"filter {self.text!r}: label", repr(name), known)
+            do = f"Did you mean {near}?" if near else "The index has no labels"
+            fail(f"filter {self.text!r}", f"no label {name!r}", do)
         return Filter("has", label=self.names.index(name))
 
     def _next(self) -> str:
@@ -131,4 +131,4 @@ class _Parser:
 
     def _refuse(self) -> None:
         found = self.tokens[self.at] if self.at < len(self.tokens) else "its end"
-        fail(f"filter {self.text!r}", found, _FORM)
+        fail(f"filter {self.text!r}", f"it cannot be read at {found}", f"Write {_FORM}")

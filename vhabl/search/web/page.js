@@ -154,7 +154,7 @@ async function search(remember = true) {
     let answer;
     if (file) {
       if (file.size > info.limits.bytes) {
-        throw new Error(`upload: found ${plural(file.size, "byte")}; expected at most ` +
+        throw new Error(`upload: ${plural(file.size, "byte")}. Send at most ` +
           info.limits.bytes.toLocaleString("en"));
       }
       const form = new FormData();
