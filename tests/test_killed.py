@@ -13,7 +13,7 @@ import pytest
 from vhabl.files import beside, write_json
 
 HERE = Path(__file__).parent
-KILLS = int(os.environ.get("VHABL_KILLS", "4"))  # of each work
+KILLS = int(os.environ.get("VHABL_KILLS", "3"))  # of each work
 SEED = int(os.environ.get("VHABL_SEED", "0"))
 
 

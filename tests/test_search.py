@@ -210,6 +210,8 @@ def test_words_that_a_model_does_not_know_are_said(
     for text in ("qwertz asdf", "狗", "..."):
         with pytest.raises(VhablError, match="text: the model knows no word of "):
             index.search(text=text)
+        with pytest.raises(VhablError, match="text: the model knows no word of "):
+            encode.main(["--checkpoint", index.engine.meta["run"], "--text", text])
 
 
 def test_a_filter_on_an_index_without_labels_says_so() -> None:

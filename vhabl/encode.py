@@ -368,6 +368,8 @@ def _items(given: argparse.Namespace, model: Model) -> Items:
         config = load_data_config(given.data, given.overrides)
         found = collection(config, model.run.config.encoder)
         return found.ids, found.images, found.texts
+    for text in given.text:
+        model.unknown_words(text)  # raises where it knows none
     return list(given.text), None, given.text
 
 

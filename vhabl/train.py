@@ -58,8 +58,8 @@ def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset]
         print(describe_keys(given.config))
         return None
     if not given.config:
-        known = ", ".join(map(str, recipes()))
-        errors.fail("--config", "it is not given", f"Name a recipe: {known}")
+        known = ", ".join(recipe.stem for recipe in recipes())
+        errors.fail("--config", "it is missing", f"Add --config configs/NAME.yaml, of {known}")
     config = load(given.config, given.overrides)
     if given.print_config:
         print(to_yaml(config), end="")
