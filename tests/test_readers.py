@@ -841,6 +841,10 @@ def test_a_table_may_say_its_own_split(
     rows[5]["image"] = rows[1]["image"]
     load(replace(config, path=str(write_table(folder, "csv", rows))))
     assert "the images of 1 query are trained on too" in capsys.readouterr().err
+    rows[3]["image"] = rows[1]["image"]  # in the database, of an image that is trained on
+    data = load(replace(config, path=str(write_table(folder, "csv", rows))))
+    assert len(data.database) == (1 if database else 3)
+    assert len(without(data.database, data.train)) == 0
     for name, message in (("valid", "row 1: column split.*valid"), ("train", "0 quer")):
         only = [{**row, "split": name} for row in TABLE]
         with pytest.raises(VhablError, match=message):

@@ -202,5 +202,7 @@ def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
 
 
 def without(split: Split, others: Split) -> Split:
-    """The items of a split that are not among the others, by id."""
-    return split.take(np.flatnonzero(~np.isin(split.ids, others.ids)))
+    """The items of a split whose image is none of the others', by id."""
+    images = {image_of(identity) for identity in others.ids.tolist()}
+    kept = [image_of(identity) not in images for identity in split.ids.tolist()]
+    return split.take(np.flatnonzero(kept))
