@@ -1444,6 +1444,19 @@ def test_features_in_arrays_are_those_of_a_feature_file(tmp_path: Path) -> None:
     assert not np.isin(found.query.ids, found.database.ids).any()
 
 
+def test_class_numbers_in_arrays_need_no_second_axis(tmp_path: Path) -> None:
+    arrays = feature_images(picture_arrays())
+    labels = [name for name in arrays if name.endswith("label")]
+    numbers = {name: np.arange(len(arrays[name])) % 3 + 1 for name in labels}
+    write_arrays(tmp_path / "arrays", arrays | numbers)
+    found = load(ARRAYS)
+    assert found.query.labels.tolist() == [[int(n % 3 == c) for c in range(3)] for n in range(7)]
+    assert found.train.labels.sum(axis=0).tolist() == [8, 8, 8]
+    write_arrays(tmp_path / "arrays", arrays | {name: n - 1 for name, n in numbers.items()})
+    with pytest.raises(VhablError, match=r"label\.npy: 0 in row 1.*whole class numbers from 1"):
+        load(ARRAYS)
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_pictures_in_arrays_become_pixels(
     tmp_path: Path, held: bool, monkeypatch: pytest.MonkeyPatch

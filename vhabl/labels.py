@@ -15,8 +15,10 @@ def as_labels(
 ) -> dict[str, np.ndarray]:
     """Labels of all parts of a data set as 0/1 matrices [N, C] over one set of classes.
 
-    where: how messages name a part. Raises VhablError where labels are something else.
+    parts: [N, C] of 0 and 1, or class numbers from 1, [N], [N, 1] or [1, N]. where: how messages
+    name a part. Raises VhablError where labels are something else.
     """
+    parts = {name: v[:, None] if v.ndim == 1 else v for name, v in parts.items()}
     for name, values in parts.items():
         if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiub":
             do = "It must be numbers, items x classes, or one column of class numbers"
