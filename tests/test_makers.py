@@ -1153,7 +1153,7 @@ def test_features_need_enough_items_and_options_that_fit(tmp_path: Path, net: Ti
     assert_refused(make_nuswide.main, arguments, [keys, "2100 queries and 5", "the 20 items"])
     coco_source(tmp_path / "coco")
     arguments = ["coco", "--features", "cnn", "--query", "1"]
-    assert_refused(make_coco.main, arguments, [keys, "1 and 10000", "the 4 items"])
+    assert_refused(make_coco.main, arguments, [keys, "1 queries and 10000", "the 4 items"])
 
     for name in ("weights", "device", "query", "train", "network", "model"):
         value = "alexnet" if name == "network" else "4"
