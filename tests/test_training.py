@@ -315,6 +315,19 @@ def test_scaling_gives_any_unit_a_spread_of_1_and_a_note_counts_constant_feature
     assert "note: 2 of 2 text features are constant on the training items\n" in told
 
 
+def test_a_run_on_data_with_a_constant_feature_is_read_again(feature_file: Path) -> None:
+    config = small_config(feature_file, "nested_mlp", "data.scale=standard", "out=run", "epochs=1")
+    data = load_data(config.data)
+    image = data.train.image.copy()
+    image[:, 0] = 3
+    constant = replace(data, train=replace(data.train, image=image))
+    trained = Trainer(config, constant, False).run().eval()
+    runs.save(Path("run"), config, trained, constant, [], [])
+    inputs = data.query.inputs()
+    found = runs.load(Path("run")).method.eval().encode(inputs, 16)["fused"]
+    assert torch.equal(found, trained.encode(inputs, 16)["fused"])
+
+
 def test_scaling_is_measured_on_the_training_items_alone(feature_file: Path) -> None:
     config = small_config(feature_file, "nested_mlp", "data.scale=standard")
     data = load_data(config.data)

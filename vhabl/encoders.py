@@ -156,7 +156,7 @@ class FeatureScaling(Encoder):
             if kind == "global" and not constant.all():
                 spread = spread.square().mean().sqrt().expand_as(spread)
             else:
-                spread = torch.where(constant, torch.inf, spread)
+                spread = torch.where(constant, 0, spread)
             self.get_buffer(f"{view}_mean").copy_(mean)
             self.get_buffer(f"{view}_spread").copy_(spread)
 
@@ -170,7 +170,8 @@ class FeatureScaling(Encoder):
     def _scaled(self, view: str, x: Tensor | None) -> Tensor | None:
         if x is None or view not in self.views:
             return x
-        return (x - self.get_buffer(f"{view}_mean")) / self.get_buffer(f"{view}_spread")
+        mean, spread = self.get_buffer(f"{view}_mean"), self.get_buffer(f"{view}_spread")
+        return torch.where(spread > 0, (x - mean) / spread, 0)  # 0: constant in training
 
 
 # -- pictures --------------------------------------------------------------------------------------
