@@ -639,6 +639,32 @@ def test_validation_queries_share_no_image_with_the_training_items(tmp_path: Pat
         assert not images[0] & images[1], images
 
 
+def test_a_picture_is_known_by_its_file_or_bytes_not_by_its_name(tmp_path: Path) -> None:
+    """Names that look like rows of one picture, one file by two names, equal bytes without one."""
+    folder = write_pairs(tmp_path / "p")
+    png = (folder / "images" / "0.png").read_bytes()
+    frames = [f"frame#{n}" for n in range(10)]
+    for n, name in enumerate(frames):
+        Image.new("RGB", (8, 8), (20 * n, 0, 0)).save(folder / "images" / name, "PNG")
+    for number, (cells, pictures) in enumerate((
+        (frames, 10),
+        (["0.png", "./0.png", "1.png", "./1.png", *frames[:6]], 8),
+        ([{"bytes": base64.b64encode(png).decode(), "path": None}] * 2 + frames[:8], 9),
+        ([{"bytes": base64.b64encode((folder / "images" / name).read_bytes()).decode(),
+           "path": "image.png"} for name in frames], 10),
+    )):  # fmt: skip
+        rows = [{"image": c, "caption": "red dog", "labels": "odd" if n % 3 else "even"}
+                for n, c in enumerate(cells)]  # fmt: skip
+        path = write_table(folder, "jsonl", rows)
+        data = load(table_config(path=str(path), query=1, train=0))
+        everything = np.concatenate([data.query.sources, data.database.sources])
+        assert len(set(everything.tolist())) == pictures, number
+        assert not set(data.query.sources.tolist()) & set(data.train.sources.tolist())
+        held = validation_split(data, 0.3, seed=0)
+        assert 0 < len(held.query) <= 4 and len(held.query) + len(held.train) == len(data.train)
+        assert len(without(data.database, data.query)) == len(data.database)
+
+
 # Image-text pairs
 
 CAPTIONS = ["red dog", "red cat", "blue dog", "blue bird", "red bird", "green cat", "odd one"]

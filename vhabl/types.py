@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,9 +95,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture that a table holds itself: its name and the bytes of its file."""
+    """A picture that a table holds itself: its name and the bytes of its file, which are what makes
+    it the same as another one.
+    """
 
-    name: str
+    name: str = field(compare=False)
     content: bytes
 
     def __str__(self) -> str:
@@ -200,7 +202,8 @@ class Split:
     ids identify an item across splits, so that "database without the training items" is exact;
     image and text: features [N, d], or pixels and token ids as in `Inputs`; labels [N, C] uint8 in
     {0, 1}; text_labels: those of the texts, where image i and text i are not one item: then
-    `labels` are those of the images.
+    `labels` are those of the images; pictures: a number for each item, the same where the picture
+    is the same, also in other splits.
     """
 
     ids: np.ndarray
@@ -208,10 +211,16 @@ class Split:
     text: np.ndarray | Rows
     labels: np.ndarray
     text_labels: np.ndarray | None = None
+    pictures: np.ndarray | None = None
 
     @property
     def labels_of_texts(self) -> np.ndarray:
         return self.labels if self.text_labels is None else self.text_labels
+
+    @property
+    def sources(self) -> np.ndarray:
+        """What an item shares with the others of its picture: its number, else the item's id."""
+        return self.ids if self.pictures is None else self.pictures
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -223,8 +232,8 @@ class Split:
             return x.take(rows) if isinstance(x, Rows) else x[rows]
 
         of_texts = None if self.text_labels is None else self.text_labels[rows]
-        labels = self.labels[rows], of_texts
-        return Split(self.ids[rows], part(self.image), part(self.text), *labels)
+        rest = self.labels[rows], of_texts, None if self.pictures is None else self.pictures[rows]
+        return Split(self.ids[rows], part(self.image), part(self.text), *rest)
 
     @property
     def bytes(self) -> int:

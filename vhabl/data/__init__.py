@@ -12,7 +12,7 @@ from vhabl.data.features import load_features
 from vhabl.data.images import ImageFiles, rows_in_order
 from vhabl.data.npy import load_arrays
 from vhabl.data.pairs import Pairs, Roles, drawn_together, read_pairs, to_splits
-from vhabl.data.table import image_of, read_table
+from vhabl.data.table import read_table
 from vhabl.errors import VhablError, fail, plural
 from vhabl.files import locate
 from vhabl.labels import numbers
@@ -193,8 +193,7 @@ def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     training set and the database. Items of one image stay together. Model selection sees nothing
     else.
     """
-    images = [image_of(identity) for identity in dataset.train.ids.tolist()]
-    order, ends = drawn_together(images, np.random.default_rng(seed))
+    order, ends = drawn_together(dataset.train.sources.tolist(), np.random.default_rng(seed))
     queries = ends[np.searchsorted(ends, max(1, round(fraction * len(order))))]
     query = dataset.train.take(np.sort(order[:queries]))
     rest = dataset.train.take(np.sort(order[queries:]))
@@ -202,7 +201,5 @@ def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
 
 
 def without(split: Split, others: Split) -> Split:
-    """The items of a split whose image is none of the others', by id."""
-    images = {image_of(identity) for identity in others.ids.tolist()}
-    kept = [image_of(identity) not in images for identity in split.ids.tolist()]
-    return split.take(np.flatnonzero(kept))
+    """The items of a split whose image is none of the others'."""
+    return split.take(np.flatnonzero(~np.isin(split.sources, others.sources)))

@@ -175,7 +175,9 @@ def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Roles
     else:
         vocabulary = _vocabulary([pairs.captions[i] for i in rows[0]], config.min_count)
         text = bag_of_words(pairs.captions, vocabulary)
-    everything = Split(ids, image, text, pairs.labels)
+    first: dict[Stored, int] = {}
+    numbers = np.array([first.setdefault(file, row) for row, file in enumerate(pairs.files)])
+    everything = Split(ids, image, text, pairs.labels, pictures=numbers)
     train, database, query = (everything.take(some) for some in rows)
     return Roles((train, database, query), tuple(vocabulary), notes)
 
@@ -327,7 +329,7 @@ def _vocabulary(captions: Sequence[str], min_count: int) -> list[str]:
     vocabulary = sorted(word for word in counts if counts[word] >= min_count)
     if not vocabulary:
         do = "Set a smaller number"
-        fail("data.min_count", f"no word is in {min_count} of the training captions", do)
+        fail("data.min_count", f"no word occurs in {min_count} of the training captions", do)
     return vocabulary
 
 

@@ -47,7 +47,7 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     labelled = [number for number, own in enumerate(labels) if own or unlabelled]
     if not labelled:
         fail(f"{path}: column {config.label_column}", "no row has a label", "Give names of classes")
-    kept = [number for number in labelled if texts[number] != [None] or unlabelled]
+    kept = [number for number in labelled if texts[number] or unlabelled]
     if not kept:
         fail(f"{path}: column {config.caption_column}", "no row has a caption", "Give texts")
     for what, count in (
@@ -69,13 +69,13 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
             if name not in place:
                 fail(where, f"the label {name!r} is none of data.class_names", "Add it there")
             matrix[item, place[name]] = 1
-        first, *others = texts[number]
+        first, *others = texts[number] or [""]
         ids.append(every_id[number])
-        captions.append(first or "")
-        further.append([text for text in others if text is not None])
+        captions.append(first)
+        further.append(others)
         files.append(images[number])
     roles = [_role(path, number, rows[number]) for number in kept] if "split" in rows[0] else ()
-    no_text = frozenset(item for item, number in enumerate(kept) if texts[number] == [None])
+    no_text = frozenset(item for item, number in enumerate(kept) if not texts[number])
     return Pairs(ids, captions, further, files, matrix, list(names), roles, no_text)
 
 
@@ -124,7 +124,7 @@ def read_items(
         files = [_image(path, n, row, config) for n, row in enumerate(rows)]
         names = [_name(file, row, config) for file, row in zip(files, rows, strict=True)]
     if has[config.caption_column]:
-        captions = [_captions(path, n, row, config)[0] for n, row in enumerate(rows)]
+        captions = [next(iter(_captions(path, n, row, config)), None) for n, row in enumerate(rows)]
     ids = _ids(names) if files is not None else [str(n) for n in range(1, len(rows) + 1)]
     return ids, files, captions, _labels(path, rows, config)
 
@@ -133,11 +133,6 @@ def _ids(images: Sequence[str]) -> list[str]:
     """Names of images as ids. A name that was there before takes the row's number: a.png#7."""
     first = {name: row for row, name in reversed(list(enumerate(images, 1)))}
     return [name if first[name] == row else f"{name}#{row}" for row, name in enumerate(images, 1)]
-
-
-def image_of(identity: str) -> str:
-    """The name of the image that an id of a table means: a.png of a.png#7."""
-    return re.sub(r"#\d+$", "", identity)
 
 
 def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> Stored:
@@ -197,14 +192,12 @@ def _list(cell: str) -> list[Any] | None:
         return list(ast.literal_eval(cell.strip()))
 
 
-def _captions(
-    path: Path, number: int, row: dict[str, Any], config: DataConfig
-) -> list[str] | list[None]:
-    """The captions of a row: one or more, or [None] for null. An empty text is a caption."""
+def _captions(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> list[str]:
+    """The captions of a row: none for null, while an empty text is one."""
     cell = row.get(config.caption_column)
     listed = cell if isinstance(cell, list) else _list(cell) if isinstance(cell, str) else None
     if not listed or (cell is not listed and not all(isinstance(c, str) for c in listed)):
-        listed = [cell] if cell != [] else []
+        listed = [] if cell == [] else [cell]
     texts = []
     for text in listed:
         if text != "" and _is_missing(text):
@@ -215,7 +208,7 @@ def _captions(
                 where, _shown(cell), 'Give a text, or a list of texts such as ["a dog", "two dogs"]'
             )
         texts.append(text)
-    return texts or [None]
+    return texts
 
 
 def _labels(path: Path, rows: Sequence[dict[str, Any]], config: DataConfig) -> list[list[str]]:
