@@ -20,6 +20,7 @@ from vhabl import errors
 YEARS = (2014, 2017)
 KINDS, PARTS = ("instances", "captions"), ("train", "val")
 PUBLISHED = {"pairs": 122_218, "classes": 80}
+WHOLE = "Take the whole file of the official download"  # what to do about a part that is wrong
 CAPTION_SEED = 1  # as the split's
 Layout = dict[str, dict[str, type]]  # the lists of a file and the fields of their entries
 INSTANCES: Layout = {
@@ -114,12 +115,10 @@ def read_instances(path: Path) -> tuple[dict[int, str], dict[int, str], dict[int
     owned: dict[int, set[int]] = {}
     for image, category in annotations:
         if image not in file_names:
-            do = "Take the whole file of the official download"
-            errors.fail(f"{path}: annotations", f"image_id {image} is none of its images", do)
+            errors.fail(f"{path}: annotations", f"image_id {image} is none of its images", WHOLE)
         if category not in names:
             what = f"category_id {category} is none of its categories"
-            do = "Take the whole file of the official download"
-            errors.fail(f"{path}: annotations", what, do)
+            errors.fail(f"{path}: annotations", what, WHOLE)
         owned.setdefault(image, set()).add(category)
     return dict(sorted(names.items())), file_names, owned
 
@@ -134,8 +133,7 @@ def read_captions(path: Path, images: dict[int, str]) -> dict[int, list[str]]:
     for _, image, caption in sorted(annotations):
         if image not in images:
             what = f"image_id {image} is no image of the instances"
-            do = "Take the whole file of the official download"
-            errors.fail(f"{path}: annotations", what, do)
+            errors.fail(f"{path}: annotations", what, WHOLE)
         if words := caption.split():
             captions.setdefault(image, []).append(" ".join(words))
     return captions
@@ -151,24 +149,19 @@ def load(path: Path, layout: Layout) -> list[list[tuple[Any, ...]]]:
         with path.open(encoding="utf-8") as file:
             content = json.load(file, object_hook=_without_outlines)
     except (ValueError, RecursionError) as error:
-        errors.fail(
-            path, f"the JSON is damaged ({error})", "Take the whole file of the official download"
-        )
+        errors.fail(path, f"the JSON is damaged ({error})", WHOLE)
     result = []
     for key, fields in layout.items():
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            errors.fail(
-                f"{path}: {key}", "it is no list", "Take the whole file of the official download"
-            )
+            errors.fail(f"{path}: {key}", "it is no list", WHOLE)
         for number, entry in enumerate(entries):
             values = entry if isinstance(entry, dict) else {}
             if any(type(values.get(name)) is not kind for name, kind in fields.items()):
                 expected = " and ".join(
                     f"{name} ({kind.__name__})" for name, kind in fields.items()
                 )
-                do = "Take the whole file of the official download"
-                errors.fail(f"{path}: {key}[{number}]", f"its fields are not {expected}", do)
+                errors.fail(f"{path}: {key}[{number}]", f"its fields are not {expected}", WHOLE)
         result.append([tuple(entry[name] for name in fields) for entry in entries])
     return result
 
@@ -183,8 +176,7 @@ def unique(path: Path, key: str, entries: list[tuple[int, str]]) -> dict[int, st
     result: dict[int, str] = {}
     for number, name in entries:
         if number in result:
-            do = "Take the whole file of the official download"
-            errors.fail(f"{path}: {key}", f"two entries have the id {number}", do)
+            errors.fail(f"{path}: {key}", f"two entries have the id {number}", WHOLE)
         result[number] = name
     return result
 

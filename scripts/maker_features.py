@@ -310,7 +310,7 @@ def frequent_words(captions: Iterable[list[str]], min_count: int) -> list[str]:
     result = sorted(word for word, count in counts.items() if count >= min_count)
     if not result:
         do = "Take more training items (--train)"
-        fail("captions of the training items", f"no word is in {min_count} of them", do)
+        fail("captions of the training items", f"no word occurs in {min_count} of them", do)
     return result
 
 

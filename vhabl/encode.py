@@ -148,13 +148,17 @@ class Model:
             if len(image) != len(text):
                 found = f"{plural(len(image), 'image')} and {plural(len(text), 'text')}"
                 fail("images and texts", found, "They are pairs: give as many of each")
-            codes = self._codes(image, text, bits, "", progress_bar, run)
-            if no_text.any():
-                rows = np.flatnonzero(no_text)
-                alone = image.take(rows) if isinstance(image, Rows) else image[rows]
-                own = self._codes(alone, _nothing(len(rows)), bits, "image", progress_bar, run)
-                codes["fused"][rows] = own["fused"]
-            return codes, cut
+            if not no_text.any():
+                return self._codes(image, text, bits, "", progress_bar, run), cut
+            pairs, alone = np.flatnonzero(~no_text), np.flatnonzero(no_text)
+            some, others = (image.take(r) if isinstance(image, Rows) else image[r]
+                            for r in (pairs, alone))  # fmt: skip
+            parts = (
+                self._codes(some, text[pairs], bits, "", progress_bar, run),
+                self._codes(others, _nothing(len(alone)), bits, "image", progress_bar, run),
+            )
+            rows = np.concatenate([part["fused"] for part in parts])
+            return {"fused": rows[np.argsort(np.concatenate([pairs, alone]))]}, cut
         if no_text.any():
             fail("texts", f"None as number {no_text.argmax() + 1}", "Give a text of each item")
         result: dict[str, np.ndarray] = {}
