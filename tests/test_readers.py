@@ -639,6 +639,23 @@ def test_validation_queries_share_no_image_with_the_training_items(tmp_path: Pat
         assert not images[0] & images[1], images
 
 
+def test_a_picture_is_known_by_its_file_not_by_the_way_to_it(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "p")
+    (folder / "images" / "sub").mkdir()
+    (folder / "images" / "link.png").symlink_to("1.png")
+    rows = [{**TABLE[0], "image": name} for name in ("1.png", "sub/../1.png", "link.png", "2.png")]
+    pairs = read_table(write_table(folder, "csv", rows), table_config())
+    assert pairs.files == [folder / "images" / name for name in ["1.png"] * 3 + ["2.png"]]
+
+
+def test_a_row_takes_no_id_that_another_one_has(tmp_path: Path) -> None:
+    names = ["a.png", "a.png#3", "a.png", "a.png"]  # row 3 would be a.png#3 too
+    rows = [{**TABLE[0], "image": name} for name in names]
+    path = write_table(write_pairs(tmp_path / "p"), "csv", rows)
+    ids = ["a.png", "a.png#3", "a.png#3#3", "a.png#4"]
+    assert read_table(path, table_config()).ids == ids
+
+
 def test_a_picture_is_known_by_its_file_or_bytes_not_by_its_name(tmp_path: Path) -> None:
     """Names that look like rows of one picture, one file by two names, equal bytes without one."""
     folder = write_pairs(tmp_path / "p")
@@ -707,9 +724,12 @@ def test_images_are_found_with_the_folders_of_their_names(
     pairs = read_pairs(folder, pairs_config())
     assert pairs.files == [folder / "images" / name for name in names]
     assert pairs.ids == [below + name for name in separators]
+    (folder / "images" / "red" / "0.png").rename(folder / "images" / "0.png")
+    assert read_pairs(folder, pairs_config()).files[0] == folder / "images" / "red" / "0.png"
     for name in ("red", "blue"):
         for file in (folder / "images" / name).iterdir():
             file.rename(folder / "images" / file.name)
+        (folder / "images" / name).rmdir()
     with pytest.raises(VhablError, match=r"red/0\.png' and.*blue\\\\0\.png' both"):
         read_pairs(folder, pairs_config())
 
@@ -854,7 +874,8 @@ def test_a_table_may_say_its_own_split(
 ) -> None:
     folder = write_pairs(tmp_path / "p")
     names = ["query", "train", "train", "database" if database else "query", "Train ", "query"]
-    rows = [{**row, "split": name} for row, name in zip(TABLE, names, strict=False)]
+    column = "split" if database else " Split"
+    rows = [{**row, column: name} for row, name in zip(TABLE, names, strict=False)]
     config = table_config(path=str(write_table(folder, "csv", rows)), query=1, train=2)
     data = load(config)
     queries = ["0.png", "5.png"] if database else ["0.png", "3.png", "5.png"]
@@ -875,6 +896,9 @@ def test_a_table_may_say_its_own_split(
         only = [{**row, "split": name} for row in TABLE]
         with pytest.raises(VhablError, match=message):
             load(replace(config, path=str(write_table(folder, "csv", only))))
+    del rows[0][column]
+    with pytest.raises(VhablError, match="row 1: column split"):
+        load(replace(config, path=str(write_table(folder, "jsonl", rows))))
 
 
 def test_items_of_one_image_stay_together() -> None:
@@ -1287,6 +1311,7 @@ def test_a_0_or_1_for_each_class_is_a_row_of_labels(
     [
         ("csv", ["['red', 'square']", "['square']", "[]", "nan"]),
         ("csv", ['["red", "square"]', '["square"]', "[]", " "]),
+        ("csv", ["('red', 'square')", "('square',)", "[None]", " "]),
         ("jsonl", [["red", "square"], "square", [], float("nan")]),
         ("jsonl", [["square", None, "red", ""], ["square"], [None], None]),
     ],
@@ -1314,6 +1339,10 @@ def test_class_numbers_are_names_even_where_they_are_0_and_1(tmp_path: Path) -> 
         ("csv", "{'red'}"),
         ("csv", "[['red'], ['square']]"),
         ("csv", "1 0 0 1"),
+        ("csv", "('red')"),
+        ("csv", "-1;1"),
+        ("csv", "0.9;0.1"),
+        ("jsonl", -1),
         ("csv", "[" * 10_000),
         ("jsonl", [["red"], ["square"]]),
         ("jsonl", [{"name": "red"}]),
@@ -1338,13 +1367,25 @@ def test_class_names_that_may_be_one_or_several_are_said(
     said = capsys.readouterr().err
     assert "the classes 'Red' and 'red' differ in case alone" in said
     assert "is 'blue, square' one class? data.separator is ';'" in said
-    labelled(tmp_path / "b", "csv", ["red;blue", "square"])
+    labelled(tmp_path / "b", "csv", ["red;blue", "square", "men's", "1.0", "C++", "10;2"])
     assert capsys.readouterr().err == ""
+    for number, name in enumerate(
+        ["a\uff1bb", "a\u3001b", "a\tb", "'a'", "a\u200b", "None", "0110"]
+    ):
+        labelled(tmp_path / str(number), "csv", ["red", name])
+        assert f"is {name!r} one class?" in capsys.readouterr().err
+    with pytest.raises(VhablError, match=r"row 2: column labels: '&amp;' in .*Write '&'"):
+        labelled(tmp_path / "entity", "csv", ["red", "Food &amp; Drink"])
+
+
+def test_class_names_are_compared_as_they_look(tmp_path: Path) -> None:
+    pairs = labelled(tmp_path, "csv", ["caf\u00e9", "tea"], class_names=["cafe\u0301", "tea"])
+    assert pairs.labels.tolist() == [[1, 0], [0, 1]]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_class_name(tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "p")
-    content = "\ufeffred\nblue\n"
+    content = "\ufeffred \nblue\n"
     (folder / "classes.txt").write_text(content, encoding="utf-8")
     assert read_pairs(folder, pairs_config()).class_names == ["red", "blue"]
     (folder / "classes.txt").write_text("red\nred\n")
@@ -1359,8 +1400,16 @@ def test_captions_are_texts_or_lists_of_them(
     cells = ["['a dog', 'two dogs']", "[2019] a dog", '["one"]', "[]", "[1, 2]"]
     rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate(cells)]
     pairs = read_table(write_table(folder, "csv", rows), table_config())
-    assert pairs.captions == ["a dog", "[2019] a dog", "one", "[]", "[1, 2]"]
-    assert pairs.further == [["two dogs"], [], [], [], []]
+    assert pairs.captions == ["a dog", "[2019] a dog", "one", "[1, 2]"]
+    assert pairs.further == [["two dogs"], [], [], []]
+    cells = ["('a dog', 'two dogs')", "[None]", "['a dog', None]", "(a dog)"]
+    rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate(cells)]
+    pairs = read_table(write_table(folder, "csv", rows), table_config())
+    assert pairs.captions == ["a dog", "a dog", "(a dog)"] and pairs.further[0] == ["two dogs"]
+    rows[1]["caption"] = "['a dog' 'two dogs']"  # as NumPy prints
+    with pytest.raises(VhablError, match=r"row 2: column caption: .*Give a text"):
+        read_table(write_table(folder, "csv", rows), table_config())
+    capsys.readouterr()
     cells = [None, "", [None], [None, "a dog"], []]
     rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate([*cells, float("nan")])]
     path = write_table(folder, "jsonl", rows)
@@ -1404,6 +1453,19 @@ def test_columns_of_a_table_have_names_of_their_own(tmp_path: Path) -> None:
         ),
         ("a.jsonl", '{"caption": "é"}'.encode("utf-16"), "line 1: its bytes are not UTF-8"),
         ("a.csv", b"image;caption;labels\n1.png;a;x\n", "line 1: ';' stands between the columns"),
+        ("a.csv", b"\nimage,caption,labels\n1.png,a,x\n", "line 1: its columns are without names"),
+        ("a.csv", b"image,caption,caption,labels\n1.png,a,b,x\n", "line 1: its columns are image"),
+        ("a.jsonl", b'{"image": "1.png", "image": "2.png"}\n', "line 1: this is not JSON (a key"),
+        (
+            "a.tsv",
+            b'image\tcaption\tlabels\n1.png\t"a\tx\n2.png\tb"\ty\n',
+            "row 1: a quote that holds other cells or rows",
+        ),
+        (
+            "a.jsonl",
+            json.dumps({"image": "QUJD" * 999, "caption": "a", "labels": "x"}).encode(),
+            "row 1: column image: 'QUJDQUJD",
+        ),
         ("a.csv", b'image,caption,labels\n1.png,"x"y,even\n', "it cannot be read"),
         ("a.csv", b"image,caption,labels\n1.png,a, b,even\n", "row 1: more or fewer cells"),
         ("a.csv", b"image,caption,labels\n1.png,a\n", "row 1: more or fewer cells"),
@@ -1420,6 +1482,7 @@ def test_a_bad_table_is_named(tmp_path: Path, name: str, content: bytes, said: s
     with pytest.raises(VhablError, match=re.escape(said)) as caught:
         read_table(path, table_config())
     assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 300
 
 
 def test_a_label_that_is_no_class_is_named(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
         fail(path, what, "There must be as many of each")
     class_names, listed = config.class_names, path / "classes.txt"
     if not class_names and listed.exists():
-        class_names = [line for line in _lines(listed) if line]
+        class_names = [line.strip() for line in _lines(listed) if line.strip()]
     where = "data.class_names" if config.class_names else listed
     if len(set(class_names)) < len(class_names):
         fail(where, "a name comes twice", "Names of classes must differ")
@@ -80,14 +80,14 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
 
 def _image_file(path: Path, root: str, name: str) -> Path:
     """The image that a name leads to below the folder of images, with either system's separators:
-    with the folders in its name where it is there, else by its base name.
+    with the folders in its name where they are there, else by its base name.
     """
     own, folder = PureWindowsPath(name), Path(root).parts
     parts = tuple(part for part in own.parts if part not in (own.anchor, ".."))
     if parts[: len(folder)] == folder:
         parts = parts[len(folder) :]
     whole = path.joinpath(root, *parts)
-    return whole if len(parts) > 1 and whole.is_file() else path / root / own.name
+    return (whole if whole.parent.is_dir() else path / root / own.name).resolve()
 
 
 def split(pairs: Pairs, config: DataConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -56,7 +57,8 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     ):
         if count:
             note(f"{path}: {plural(count, 'row')} without a {what}: not trained on or evaluated")
-    names = config.class_names or sorted({name for number in kept for name in labels[number]})
+    names = [normalize("NFC", name) for name in config.class_names]
+    names = names or sorted({name for number in kept for name in labels[number]})
     _note_doubtful(path, names, config.separator)
     place = {name: i for i, name in enumerate(names)}
     matrix = np.zeros((len(kept), len(names)), np.uint8)
@@ -74,9 +76,18 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
         captions.append(first)
         further.append(others)
         files.append(images[number])
-    roles = [_role(path, number, rows[number]) for number in kept] if "split" in rows[0] else ()
+    columns = {column for row in rows for column in row if column.strip().lower() == "split"}
+    roles = [_role(path, number, rows[number], columns) for number in kept] if columns else ()
     no_text = frozenset(item for item, number in enumerate(kept) if not texts[number])
-    return Pairs(ids, captions, further, files, matrix, list(names), roles, no_text)
+    return Pairs(ids, captions, further, files, matrix, names, roles, no_text)
+
+
+# Separators, quotes, what is not seen, rows of 0 and 1, and what stands for nothing.
+_DOUBTFUL = re.compile(
+    r"""[,;|/\\\t\n\u3001\uff0c\uff1b\u200b-\u200f\ufeff]|^["'\u201c]|["'\u201d]$"""
+    r"""|^(?:0[01]+|[01]{3,}|none|null|na|n/a|<na>)$""",
+    re.IGNORECASE,
+)
 
 
 def _note_doubtful(path: Path, names: Sequence[str], separator: str) -> None:
@@ -85,13 +96,12 @@ def _note_doubtful(path: Path, names: Sequence[str], separator: str) -> None:
     for name in names:
         if (other := spelled.setdefault(name.casefold(), name)) != name:
             note(f"{path}: the classes {other!r} and {name!r} differ in case alone")
-    listed = [name for name in names if set(",;|/") & set(name)]
-    if listed:
-        note(f"{path}: is {listed[0]!r} one class? data.separator is {separator!r}")
+    if listed := next(filter(_DOUBTFUL.search, names), None):
+        note(f"{path}: is {listed!r} one class? data.separator is {separator!r}")
 
 
-def _role(path: Path, number: int, row: dict[str, Any]) -> str:
-    role = str(row.get("split")).strip().lower()
+def _role(path: Path, number: int, row: dict[str, Any], columns: set[str]) -> str:
+    role = ", ".join(str(row[column]) for column in columns if column in row).strip().lower()
     if role not in ("train", "query", "database"):
         bad_value(
             f"{path}: row {number + 1}: column split", _shown(role), "train, query or database"
@@ -132,7 +142,12 @@ def read_items(
 def _ids(images: Sequence[str]) -> list[str]:
     """Names of images as ids. A name that was there before takes the row's number: a.png#7."""
     first = {name: row for row, name in reversed(list(enumerate(images, 1)))}
-    return [name if first[name] == row else f"{name}#{row}" for row, name in enumerate(images, 1)]
+    ids = []
+    for row, name in enumerate(images, 1):
+        while first.get(name, row) != row:
+            name = f"{name}#{row}"
+        ids.append(name)
+    return ids
 
 
 def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> Stored:
@@ -149,11 +164,11 @@ def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> 
     if isinstance(content, bytes) and content:
         return Embedded(name if isinstance(name, str) and name else str(number + 1), content)
     name = cell if isinstance(cell, str) else name
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or max(map(len, Path(name).parts), default=0) > 255:
         where = f"{path}: row {number + 1}: column {config.image_column}"
         expected = 'a file name, or a picture as {"bytes": ..., "path": ...} with bytes in base64'
         fail(where, _shown(cell), f"Give {expected}")
-    return path.parent / config.image_root / name.replace("\\", "/")
+    return (path.parent / config.image_root / name.replace("\\", "/")).resolve()
 
 
 def _name(image: Stored, row: dict[str, Any], config: DataConfig) -> str:
@@ -174,12 +189,17 @@ def _is_missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
-_TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\d.]+)"""
-_LIST = re.compile(rf"\[\s*(?:{_TEXT}(?:\s*,\s*{_TEXT})*)?\s*\]", re.DOTALL)
-
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_TEXT = rf"(?:{_QUOTED}|None|null|[\d.]+)"
+_LIST = re.compile(
+    rf"\[\s*(?:{_TEXT}(?:\s*,\s*{_TEXT})*)?\s*\]|\((?:\s*{_QUOTED}\s*,)+(?:\s*{_QUOTED})?\s*\)",
+    re.DOTALL,
+)
+_OPENS_LIST = re.compile(r"""\s*(?:[\[{]|\(\s*['"])""")
 
 _BIT = re.compile(r"[01](?:\.0*)?")
 _BITS = re.compile(rf"(?:{_BIT.pattern}[\s,;|]+)+{_BIT.pattern}")  # with another separator
+_NUMBER = re.compile(r"-\d+(?:\.\d*)?|\d*\.\d*[1-9]\d*")  # negative, or a fraction
 
 
 def _list(cell: str) -> list[Any] | None:
@@ -192,17 +212,21 @@ def _list(cell: str) -> list[Any] | None:
         return list(ast.literal_eval(cell.strip()))
 
 
+# A dictionary, or a list that Python or NumPy printed without its commas.
+_PRINTED = re.compile(rf"""\{{['"]|\[\s*{_QUOTED}\s+{_QUOTED}.*\]\s*$""", re.DOTALL)
+
+
 def _captions(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> list[str]:
     """The captions of a row: none for null, while an empty text is one."""
     cell = row.get(config.caption_column)
     listed = cell if isinstance(cell, list) else _list(cell) if isinstance(cell, str) else None
-    if not listed or (cell is not listed and not all(isinstance(c, str) for c in listed)):
-        listed = [] if cell == [] else [cell]
+    if listed is None or not all(c is None or isinstance(c, str) for c in listed):
+        listed = cell if isinstance(cell, list) else [cell]
     texts = []
     for text in listed:
         if text != "" and _is_missing(text):
             continue
-        if not isinstance(text, str) or text.startswith(("{'", '{"')):
+        if not isinstance(text, str) or _PRINTED.match(text):
             where = f"{path}: row {number + 1}: column {config.caption_column}"
             fail(
                 where, _shown(cell), 'Give a text, or a list of texts such as ["a dog", "two dogs"]'
@@ -233,9 +257,12 @@ def _labels(path: Path, rows: Sequence[dict[str, Any]], config: DataConfig) -> l
 def _names(where: str, cell: Any, separator: str) -> list[str]:
     """A cell of labels as names. Raises VhablError where it is no name, number or list of them."""
     parts: list[Any] | None
-    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+    if isinstance(cell, str) and _OPENS_LIST.match(cell):
         parts = _list(cell)
     elif isinstance(cell, str):
+        for entity in re.findall(r"&#?\w+;", cell):
+            if unescape(entity) != entity:
+                fail(where, f"{entity!r} in {_shown(cell)}", f"Write {unescape(entity)!r}")
         parts = cell.split(separator)
     else:
         parts = cell if isinstance(cell, list) else [cell]
@@ -250,6 +277,9 @@ def _names(where: str, cell: Any, separator: str) -> list[str]:
         name = normalize("NFC", part.strip()) if isinstance(part, str) else str(int(part))
         if _BITS.fullmatch(name):
             fail(where, f"the text {_shown(name)}", f"Put {separator!r} between 0 and 1")
+        if _NUMBER.fullmatch(name):
+            do = "Give names of classes, or a 0 or 1 for each of data.class_names"
+            fail(where, f"the number {name}", do)
         names.append(name)
     return names
 
@@ -266,7 +296,14 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
         if ending == ".jsonl":
             return [_json_row(path, n, line) for n, line in enumerate(file, 1) if line.strip()]
         delimiter = "\t" if ending == ".tsv" else ","
-        rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        named = [name for name in columns if name]
+        if len(set(named)) < len(named) or (not named and reader.fieldnames is not None):
+            found = f"its columns are {', '.join(named)[:120] or 'without names'}"
+            fail(f"{path}: line 1", found, "Give each a name of its own")
+        reader.fieldnames = columns
+        rows = list(reader)
     except (csv.Error, IsADirectoryError) as error:
         fail(path, f"it cannot be read ({error})", f"It must be a table: {kinds}")
     if rows and delimiter == "," and len(rows[0]) == 1 and ";" in next(iter(rows[0])):
@@ -275,6 +312,9 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
         if None in row or None in row.values():
             do = "Put quotes around a cell that has a comma"
             fail(f"{path}: row {number}", "more or fewer cells than columns", do)
+        if ending == ".tsv" and any(set("\t\n") & set(cell) for cell in row.values()):
+            do = "Double the quote that the cell begins with, and put the cell in quotes"
+            fail(f"{path}: row {number}", "a quote that holds other cells or rows", do)
     return rows
 
 
@@ -287,9 +327,15 @@ def _text(path: Path) -> str:
         fail(f"{path}: line {line}", "its bytes are not UTF-8", "Save it as CSV UTF-8")
 
 
+def _once(keys: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(row := dict(keys)) < len(keys):
+        raise ValueError("a key comes twice")
+    return row
+
+
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         fail(f"{path}: line {number}", f"this is not JSON ({error})", "Each line must be an object")
     if not isinstance(row, dict):
