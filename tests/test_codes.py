@@ -204,6 +204,20 @@ def assert_mat_holds(path: Path, arrays: dict[str, np.ndarray], code_keys: list[
         np.testing.assert_array_equal(array, arrays[key], err_msg=key)
 
 
+def test_a_packed_file_in_another_order_of_bits_is_refused(tmp_path: Path) -> None:
+    """Where the length is no multiple of 8: then the bits beyond it are 0 in our order alone."""
+    tasks = fused_tasks()
+    assert BITS % 8
+    _, npz = codes.save(tmp_path, "Ours", "wiki", tasks)
+    with np.load(npz) as content:
+        arrays = dict(content.items())
+    for key, signs in (("val_B", tasks["fused"].query), ("retrieval_B", tasks["fused"].database)):
+        arrays[key] = np.packbits(signs > 0, axis=1)
+    np.savez(npz, **arrays)
+    with pytest.raises(VhablError, match=rf"val_B: more than {BITS} bits a code, or another order"):
+        codes.load(npz)
+
+
 def test_packed_file_holds_bytes_and_the_length(tmp_path: Path) -> None:
     _, npz = codes.save(tmp_path, "Ours", "wiki", fused_tasks())
     with np.load(npz) as content:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -261,6 +262,31 @@ def test_runs_of_different_settings_are_not_averaged(feature_file: Path, command
     ):
         code, _, err = command(main, *given)
         assert code == 2 and "vh_abl/2: epochs=2, where checkpoint/wiki/" in one_message(err)
+
+
+def test_seeds_are_of_the_same_data_and_differ(feature_file: Path, command, tmp_path: Path) -> None:
+    assert command(train.main, *training(feature_file))[0] == 0
+    (run,) = [path.parent for path in Path("checkpoint").rglob("config.yaml")]
+    shutil.copytree(run, run.parent / "copy")
+    for main, given in (
+        (report.main, ["checkpoint"]),
+        (evaluation.main, ["--checkpoint", run.parent]),
+    ):
+        code, _, err = command(main, *given)
+        assert code == 2 and f"copy: its seed is that of {run}" in one_message(err)
+    shutil.rmtree(run.parent / "copy")
+    other = write_feature_file(tmp_path / "other.mat", seed=1)
+    few = [a for a in training(other) if not a.startswith("seed=")]
+    assert command(train.main, *few, "seed=1")[0] == 0
+    code, _, err = command(report.main, "checkpoint")
+    assert code == 2 and "1: data.path=" in one_message(err)
+    code, _, err = command(evaluation.main, "--compare", run, run.parent / "1")
+    assert code == 2 and "20 and 20 queries, whose labels differ" in one_message(err)
+    shutil.rmtree(run.parent / "1")
+    other.rename(feature_file)
+    assert command(train.main, *training(feature_file), "seed=1")[0] == 0
+    code, _, err = command(report.main, "checkpoint")
+    assert code == 2 and "1: the digest of its data=" in one_message(err)
 
 
 def test_a_missing_run_is_named_by_its_folder(command) -> None:

@@ -75,7 +75,7 @@ def test_data_overrides_apply_to_the_chosen_data_set() -> None:
         ("model.weights.nestd=1", r"Did you mean 'model\.weights\.nested'\?"),
         ("optim=3", r"unknown key 'optim'"),
         ("epochs=many", "epochs is 'many'.*a whole number"),
-        ("epochs=1.5", r"epochs is 1\.5.*a whole number"),
+        ("epochs=1.5", r"epochs is '1\.5\'.*a whole number"),
         ("epochs=true", "epochs is True.*a whole number"),
         ("epochs=", "epochs is ''.*a whole number"),
         ("epochs=null", "epochs is None.*a whole number"),
@@ -99,6 +99,8 @@ def test_data_overrides_apply_to_the_chosen_data_set() -> None:
         ("threads=-1", "threads is -1"),
         ("threads=100000", "threads is 100000.*a whole number from 0 to 1024"),
         ("data=flickr26k", "data is 'flickr26k'.*one of.*wiki"),
+        ("bits=8,8,16", r"bits is \[8, 8, 16\].*that differ"),
+        (r"data.separator=\t", r"data\.separator is .* is a tab"),
         ("data.name=../up", r"data\.name"),
         ("data.kind=csv", r"data\.kind is 'csv'"),
         ("data.scale=max", r"data\.scale is 'max'"),
@@ -119,6 +121,18 @@ def test_data_overrides_apply_to_the_chosen_data_set() -> None:
 def test_a_wrong_override_names_key_value_and_expectation(override: str, message: str) -> None:
     with pytest.raises(VhablError, match=message):
         load(RECIPE, ["data=wiki", override])
+
+
+def test_numbers_are_decimal_and_texts_stay_as_they_are() -> None:
+    """YAML 1.1 takes 16:32 for 992 minutes, 010 for 8, and 1.10 for 1.1."""
+    for given in ("bits=16:32", "bits=010", "seed=1:30", "bits=0x10", "epochs=1_0"):
+        with pytest.raises(VhablError, match=given.split("=")[0]):
+            load(RECIPE, ["data=wiki", given])
+    given = ["out=1.10", "variant=007", "optim.lr=1e-2", "optim.betas=0.5,.9", "seed=7"]
+    config = load(RECIPE, ["data=wiki", *given])
+    assert (config.out, config.variant, config.seed) == ("1.10", "007", 7)
+    assert (config.optim.lr, config.optim.betas) == (0.01, [0.5, 0.9])
+    assert from_yaml(to_yaml(config), "stored") == config
 
 
 def test_overrides_need_no_quotes_and_take_a_section() -> None:
@@ -142,6 +156,8 @@ def test_overrides_need_no_quotes_and_take_a_section() -> None:
             "unknown key 'epochs.a'. Did you mean 'epochs'",
         ),
         ("method: vh_abl\nfor_data: 3\n", "for_data.*int"),
+        ("method: vh_abl\nepochs: 3\nepochs: 4\n", r"not YAML \(epochs comes twice\)"),
+        ("method: vh_abl\noptim: {lr: 1, lr: 2}\n", r"not YAML \(lr comes twice\)"),
         ("method: !!python/object/apply:os.system ['true']\n", "not YAML"),
     ],
 )

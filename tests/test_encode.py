@@ -171,6 +171,10 @@ def model(folder: Path) -> encode.Model:
 
 def test_what_cannot_be_encoded_is_said(model: encode.Model, folder: Path) -> None:
     picture = folder / "images" / "0.png"
+    closed = Image.open(picture)
+    closed.close()
+    code = model.encode(texts=["a"], bits=np.int64(8))["fused"]
+    assert (code == model.encode(texts=["a"], bits=8)["fused"]).all()
     for given, message in (
         ({}, "images and texts.*neither"),
         ({"images": [picture], "texts": ["a", "b"]}, r"1 image and 2 texts.*as many"),
@@ -183,6 +187,8 @@ def test_what_cannot_be_encoded_is_said(model: encode.Model, folder: Path) -> No
         ({"texts": 3}, "texts: a int. Give a sequence"),
         ({"images": [3]}, "images: a int as number 1. Give str or Path or "),
         ({"texts": ["a"], "bits": "8"}, "bits is '8', but must be a whole number"),
+        ({"images": [closed]}, "the image cannot be read"),
+        ({"images": [Image.new("RGB", (0, 8))]}, "the image cannot be read"),
         ({"images": [folder / "nowhere.png"]}, r"nowhere.png: no such file"),
     ):
         with pytest.raises(VhablError, match=message):
@@ -349,8 +355,10 @@ def test_a_folder_gives_every_picture_and_says_what_is_left_out(
         Image.new("RGB", (8, 8), "red").save(tmp_path / name, kind)
     for name in ("._d.JPG", ".DS_Store", "notes.txt"):
         (tmp_path / name).write_bytes(b"Mac OS X")
+    (tmp_path / "other").symlink_to(tmp_path / "sub")
+    (tmp_path / "lost.png").symlink_to("nowhere.png")
     found = encode.image_files(tmp_path)
     assert [file.relative_to(tmp_path).as_posix() for file in found] == names
     left_out = capsys.readouterr().err
-    for part in ("2 files", ".DS_Store", "1 file", "notes.txt"):
+    for part in ("2 files (hidden)", ".DS_Store", "1 file (no", "notes.txt", "2 files (a link"):
         assert part in left_out

@@ -94,10 +94,27 @@ def test_a_query_in_the_database_is_left_out_unless_kept(model: tuple[VHABL, Dat
     assert kept.value > left_out.value
 
 
-def test_own_positions() -> None:
+def test_own_positions(capsys: pytest.CaptureFixture[str]) -> None:
     database = np.array(["a", "b", "c"])
     assert own_positions(np.array(["c", "x"]), database).tolist() == [2, -1]  # type: ignore[union-attr]
     assert own_positions(np.array(["x"]), database) is None
+    assert capsys.readouterr().err == ""
+    again = np.array(["a", "b", "c", "b", "x", "x"])
+    assert own_positions(np.array(["c", "b", "b"]), again).tolist() == [2, 3, 3]  # type: ignore[union-attr]
+    said = "queries come in the database several times: 1 copy kept there"
+    assert said in capsys.readouterr().err
+
+
+def test_another_row_of_a_querys_picture_is_the_query_itself(
+    model: tuple[VHABL, Dataset],
+) -> None:
+    method, data = model
+    pictures = np.arange(len(data.database))
+    query = replace(data.query, pictures=np.array([5, *range(100, 119)]))
+    inside = replace(data, database=replace(data.database, pictures=pictures), query=query)
+    codes = code_tasks(method, inside, [8])
+    assert records("X", inside, codes, 0)[0].own_items == "left_out"
+    assert records("X", data, codes, 0)[0].own_items == "none"
 
 
 def test_measure_sets_hold_one_another(model: tuple[VHABL, Dataset]) -> None:

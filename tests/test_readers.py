@@ -569,6 +569,18 @@ def test_items_without_a_label_are_reported(tmp_path: Path) -> None:
     assert load(features_config(path)).notes == ()
 
 
+def test_a_label_of_all_and_queries_that_are_trained_on_are_said(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "f.mat", feature_arrays()
+    arrays["L_db"][:, 1] = 1
+    for part in "ITL":
+        arrays[f"{part}_te"][:2] = arrays[f"{part}_tr"][:2]
+    write_mat5(path, arrays)
+    assert load(features_config(path)).notes == (
+        "all items to search have the label class 2: any two of them are similar",
+        "trained on too: 2 queries",
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [("features", "I_tr"), ("pairs", "caption.mat"), ("npy", "train_image_label.npy")],

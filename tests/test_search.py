@@ -467,10 +467,28 @@ def test_items_come_and_go(index: Index, folder: Path) -> None:
     for given, message in (
         ({"texts": ["a"], "ids": ["a", "b"]}, "ids: 2 for 1 items"),
         ({"texts": ["a"], "ids": ["n"], "labels": [["pink"]]}, "labels of n: 'pink' is no class"),
+        ({"texts": ["a"], "ids": ["n"], "labels": []}, "labels: 0 lists for 1 item"),
+        ({"texts": ["a"], "ids": ["n"], "labels": ["red"]}, "labels of n: the text 'red'"),
+        ({"texts": ["a"], "ids": [1]}, "ids: a list, or numbers in it"),
+        ({"texts": ["a", "b"], "ids": "no"}, "ids: a str"),
     ):
         with pytest.raises(VhablError, match=message):
             index.add(**given)
+    index.add(texts=["a", "b"], ids=["1", "2"])
+    with pytest.raises(VhablError, match="ids: a str"):
+        index.delete("12")
+    assert len(Index.open("index").engine) == 62
+    index.delete(["1", "2"])
     assert len(Index.open("index").engine) == 60
+    codes = index.model.encode(texts=["red", "blue"])["fused"]
+    assert index.search_codes(codes, "fused", np.int64(3), bits=np.int64(8))
+    for wrong, view, message in (
+        (codes * np.nan, "fused", "codes: values other than"),
+        (codes > 0, "fused", "codes: values other than"),
+        (codes, "image", "against is 'image', but must be fused"),
+    ):
+        with pytest.raises(VhablError, match=message):
+            index.search_codes(wrong, view)
 
 
 def test_a_cross_modal_index_answers_in_the_other_modality(folder: Path) -> None:
@@ -1070,6 +1088,13 @@ def test_an_index_is_built_of_codes_that_were_written(folder: Path) -> None:
         np.savez("bad.npz", **kept)
         with pytest.raises(VhablError, match=f"bad.npz: {message}"):
             Index.build("index", "run", recipe, codes="bad.npz")
+    for row, number in enumerate(range(19, -1, -1)):  # other pictures and captions of these names
+        (folder / "images" / f"{number}.png").rename(folder / "images" / f"new {row}.png")
+    for file in (folder / "images").glob("new *"):
+        file.rename(file.with_name(file.name.removeprefix("new ")))
+    (folder / "t.csv").write_text((folder / "t.csv").read_text().replace("blue", "red"))
+    with pytest.raises(VhablError, match=r"c\.npz: \d+% of the bits of 8 items are others"):
+        Index.build("index", "run", recipe, codes="c.npz")
     with pytest.raises(VhablError, match=r"bits is 16, but must be 8, as c.npz has"):
         Index.build("index", "run", recipe, 16, codes="c.npz")
     assert not Path("index").exists()

@@ -639,6 +639,15 @@ def test_other_formats_and_odd_bytes_are_refused(tmp_path: Path) -> None:
             open_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_greys_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    values = np.ones((4, 4), np.float32)
+    values[1, 2] = value
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    with pytest.raises(VhablError, match=r"x\.tiff: the image cannot be read .*no finite number"):
+        open_image(tmp_path / "x.tiff")
+
+
 def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "bomb.png"
     Image.new("1", (20000, 20000)).save(file)

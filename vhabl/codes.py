@@ -178,6 +178,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             if length < 1 or array.shape[1] != -(-length // 8):
                 do = f"{length} bits take {-(-length // 8)}"
                 fail(f"{path}: key {key}", f"{array.shape[1]} bytes a code", do)
+            if length % 8 and (array[:, -1] >> length % 8).any():
+                found = f"more than {length} bits a code, or another order of bits"
+                fail(f"{path}: key {key}", found, "Pack as vhabl.codes.pack does")
             arrays[key] = unpack(array, length)
     return arrays
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -276,9 +277,9 @@ def _convert(kind: Any, value: Any) -> Any:
         return [_convert(element, v) for v in (value if isinstance(value, list) else [value])]
     if isinstance(value, bool) != (kind is bool) or isinstance(value, list | dict | None):
         raise ValueError
-    if kind is float:  # YAML takes 1e-3, without a point, for a text
+    if kind is float:
         return float(value)
-    if kind is str and isinstance(value, int | float):  # out=0
+    if kind is str and isinstance(value, int):  # out=0
         return str(value)
     if not isinstance(value, kind):
         raise ValueError
@@ -406,12 +407,31 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values alone: a few lines of aliases can stand for more than memory holds."""
+    """Plain values alone: a few lines of aliases can stand for more than memory holds. Whole
+    numbers are decimal, as YAML 1.1 takes 16:32 for 992; others stay texts until their key is
+    known, so that out=1.10 keeps its name.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            names = [self.construct_object(key) for key, _ in node.value]
+            raise yaml.YAMLError(f"{max(names, key=names.count)} comes twice")
+        return found
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"an alias, *{self.peek_event().anchor}")
         return super().compose_node(parent, index)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if not tag.endswith((":int", ":float"))]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"-?(?:0|[1-9][0-9]*)$"), list("-0123456789")
+)
 
 
 def _value(text: str) -> Any:
@@ -457,6 +477,7 @@ def _require(ok: bool, name: str, found: Any, expected: str) -> None:
 
 def _check_bits(lengths: list[int]) -> None:
     _require(len(lengths) > 0, "bits", lengths, "at least one code length")
+    _require(len(set(lengths)) == len(lengths), "bits", lengths, "code lengths that differ")
     for bits in lengths:
         _require(1 <= bits <= 4096, "bits", bits, "code lengths from 1 to 4096")
 
@@ -466,7 +487,8 @@ def _check_data(data: DataConfig) -> None:
     _require(data.kind in kinds, "data.kind", data.kind, " or ".join(kinds))
     differ = len(set(data.class_names)) == len(data.class_names) and all(data.class_names)
     _require(differ, "data.class_names", data.class_names, "names that differ")
-    _require(data.separator != "", "data.separator", "''", "a text")
+    plain = data.separator != "" and "\\" not in data.separator
+    _require(plain, "data.separator", data.separator, "a text; 'data.separator=\"\\t\"' is a tab")
     scales = ("standard", "global", "none")
     _require(data.scale in scales, "data.scale", data.scale, " or ".join(scales))
     _require(data.workers >= 0, "data.workers", data.workers, "at least 0")

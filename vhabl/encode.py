@@ -137,10 +137,7 @@ class Model:
         """What `run` gives, and how many texts were cut, which it does not say."""
         if images is None and texts is None:
             fail("images and texts", "neither is given", "Give one of them, or both")
-        bits = self.method.bits if bits is None else bits
-        if not isinstance(bits, int):
-            bad_value("bits", repr(bits), "a whole number")
-        self.method.check_length(bits)
+        bits = self.method.bits if bits is None else self.method.check_length(bits)
         image = None if images is None else self._image(images)
         text, cut = (None, 0) if texts is None else self._text(texts)
         no_text = np.array([t is None for t in (texts if texts is not None else [])], bool)
@@ -243,15 +240,18 @@ def image_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         fail(folder, "no such folder", "Give a folder of pictures")
-    found, hidden, others = list[Path](), list[Path](), list[Path]()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+    found, hidden, links, others = list[Path](), list[Path](), list[Path](), list[Path]()
+    for file in sorted(folder.rglob("*")):
+        if not file.is_file():
+            links += [file] if file.is_symlink() else []
+        elif any(part.startswith(".") for part in file.relative_to(folder).parts):
             hidden.append(file)  # such as ._x.jpg, in which macOS keeps notes on x.jpg
         elif file.suffix.lower() in SUFFIXES or is_picture(file):
             found.append(file)
         else:
             others.append(file)
-    for files, why in ((hidden, "hidden"), (others, "no picture")):
+    reasons = (hidden, "hidden"), (links, "a link to no file"), (others, "no picture")
+    for files, why in reasons:
         if files:
             example = files[0].relative_to(folder)
             note(f"{folder}: left out {plural(len(files), 'file')} ({why}), such as {example}")

@@ -43,7 +43,7 @@ def note(text: str) -> None:
 
 def plural(count: int, noun: str) -> str:
     """`1 item`, `3 items`, `2 queries`: for messages."""
-    several = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    several = f"{noun[:-1]}ies" if noun.endswith(("ry", "py")) else f"{noun}s"
     return f"{count:,} {noun if count == 1 else several}"
 
 

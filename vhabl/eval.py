@@ -138,7 +138,7 @@ def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> s
     """A line for each length: both means, their difference and its p-value under the paired
     permutation test on per-query AP, each query's AP averaged over the seeds of a row.
     """
-    (rows_a, oracle_a), (rows_b, oracle_b) = (
+    (rows_a, judges_a, oracle_a), (rows_b, judges_b, oracle_b) = (
         _query_precisions(folder, bits, overrides) for folder in (a, b)
     )
     rows = rows_a, rows_b
@@ -148,9 +148,9 @@ def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> s
         if key not in rows[1]:
             continue
         first, second = (np.mean(row[key], axis=0) for row in rows)
-        if len(first) != len(second):
-            do = "Compare runs on the same data"
-            fail(f"{a} and {b}", f"{len(first)} and {len(second)} queries", do)
+        if not np.array_equal(judges_a[key], judges_b[key]):
+            found = f"{len(first)} and {len(second)} queries, whose labels differ"
+            fail(f"{a} and {b}", found, "Compare runs on the same data and split")
         p = permutation_test(first, second)
         seeds = f"{len(rows[0][key])} and {len(rows[1][key])} seeds"
         lines.append(
@@ -165,22 +165,24 @@ def compare(a: Path, b: Path, bits: list[int] | None, overrides: list[str]) -> s
 
 def _query_precisions(
     folder: Path, bits: list[int] | None, overrides: list[str]
-) -> tuple[dict[tuple[int, str], list[np.ndarray]], bool]:
-    """AP of each query (0 where it has no match) of every run at or below a folder, and whether
-    any was made with oracle labels.
+) -> tuple[dict[tuple[int, str], list[np.ndarray]], dict[tuple[int, str], np.ndarray], bool]:
+    """AP of each query (0 where it has no match) of every run at or below a folder, the labels of
+    the queries, and whether any was made with oracle labels.
     """
     found: dict[tuple[int, str], list[np.ndarray]] = {}
+    judges: dict[tuple[int, str], np.ndarray] = {}
     oracle = False
     folders = runs.find(folder)
     runs.require_alike(folders)
     for _, data, codes_of_run in runs.encoded(map(runs.load, folders), bits, overrides):
-        own = own_positions(data.query.ids, data.database.ids)
+        own = own_positions(data.query.sources, data.database.sources)
         for length, tasks in codes_of_run.items():
             for task, part in tasks.items():
                 values = np.nan_to_num(per_query(part, own=own))
                 found.setdefault((length, task), []).append(values)
+                judges[length, task] = part.query_labels
                 oracle = oracle or part.oracle_labels
-    return found, oracle
+    return found, judges, oracle
 
 
 def evaluate_files(paths: list[Path], measures: MeasureSet) -> list[Record]:

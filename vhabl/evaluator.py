@@ -218,7 +218,7 @@ def records(
     if 0 < len(unseen) < len(data.database):
         databases["without_train"] = unseen
     own = {
-        name: own_positions(data.query.ids, data.database.ids[items])
+        name: own_positions(data.query.sources, data.database.sources[items])
         for name, items in databases.items()
     }
     for bits, tasks in codes.items():
@@ -255,7 +255,7 @@ def real_valued_records(
     (two-stage), the others behind them by distance. keep_own: as in `records`; title: as tables
     name the method.
     """
-    own = own_positions(data.query.ids, data.database.ids)
+    own = own_positions(data.query.sources, data.database.sources)
     kind, left_out = _own_items(own, keep_own)
     query, database = (
         relaxed_codes(method, split, lengths) for split in (data.query, data.database)
@@ -331,9 +331,14 @@ def _own_items(own: np.ndarray | None, keep: bool) -> tuple[str, np.ndarray | No
 
 
 def own_positions(queries: np.ndarray, database: np.ndarray) -> np.ndarray | None:
-    """Where each query itself is in the database, -1 where it is not: [Q]; None where none is."""
+    """Where each query itself is in the database, -1 where it is not: [Q]; None where none is.
+    queries, database: what tells items apart (`Split.sources`).
+    """
     place = {item: position for position, item in enumerate(database.tolist())}
     own = np.array([place.get(item, -1) for item in queries.tolist()])
+    again = np.isin(database, queries).sum() - len(np.unique(own[own >= 0]))
+    if again:
+        note(f"queries come in the database several times: {plural(int(again), 'copy')} kept there")
     return own if (own >= 0).any() else None
 
 

@@ -211,10 +211,13 @@ def find(folder: Path) -> list[Path]:
 
 
 def require_alike(folders: Iterable[Path]) -> None:
-    """Raise VhablError where runs of one row of a table differ in more than their seed."""
+    """Raise VhablError where runs of one row of a table differ in more than their seed, or do not
+    differ in it.
+    """
     first: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
+    seeds: dict[tuple[Any, ...], Path] = {}
     for folder in folders:
-        keys = stored(folder / CONFIG_FILE)
+        keys = stored(folder / CONFIG_FILE) | {"the digest of its data": _fingerprint(folder)}
         row = tuple(keys.get(k) for k in ("data.name", "method", "variant", "oracle_labels"))
         other, theirs = first.setdefault(row, (folder, keys))
         difference = first_difference(theirs | {"seed": 0}, keys | {"seed": 0})
@@ -222,6 +225,17 @@ def require_alike(folders: Iterable[Path]) -> None:
             key, a, b = difference
             do = "Seeds of one setting alone are averaged; variant=NAME keeps another one apart"
             fail(folder, f"{key}={b}, where {other} has {a}", do)
+        if (same := seeds.setdefault((*row, keys.get("seed")), folder)) != folder:
+            fail(folder, f"its seed is that of {same}", "Give each seed of a setting once")
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """The digest of the data of a run; None where its weights are damaged, which `load` says."""
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint")
+    except (SafetensorError, OSError):
+        return None
 
 
 def encoded(

@@ -57,6 +57,15 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
         for role, split in (("train", train), ("database", database), ("query", query))
         if (count := int((split.labels.sum(axis=1) == 0).sum()))
     ]
+    doubtful = [
+        f"all items to search have the label {name}: any two of them are similar"
+        for name, has in zip(
+            class_names or numbers(database.labels), database.labels.T, strict=True
+        )
+        if has.all()
+    ]
+    if not config.has_files and (shared := int(np.isin(query.sources, train.sources).sum())):
+        doubtful.append(f"trained on too: {plural(shared, 'query')}")
     fingerprint = _fingerprint(train, database, query)
     return Dataset(
         config.name,
@@ -64,7 +73,7 @@ def load(config: DataConfig, encoder: EncoderConfig | None = None) -> Dataset:
         database,
         query,
         fingerprint,
-        (*roles.notes, *unlabelled),
+        (*roles.notes, *unlabelled, *doubtful),
         tuple(class_names),
         roles.vocabulary,
     )

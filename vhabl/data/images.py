@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -81,14 +82,14 @@ def _decoded(path: Picture | BinaryIO, name: str, least: int = 0) -> tuple[Image
     a part of its size, of its outermost column and row a part may lie beyond the picture.
     least: the sides that a JPEG keeps at least; 0 decodes it whole.
     """
-    if isinstance(path, Image.Image):
-        path.load()  # a TIFF is upright from here on
-        return _seen(path, path.size)
     try:
+        if isinstance(path, Image.Image):
+            _require_sides(path)
+            path.load()  # a TIFF is upright from here on
+            return _seen(path, path.size)
         source = io.BytesIO(path.content) if isinstance(path, Embedded) else path
         with Image.open(source, formats=FORMATS) as image:
-            if max(image.size) > LONGEST * min(image.size):  # its short side would be enlarged
-                raise ValueError(f"{image.width} x {image.height} pixels")
+            _require_sides(image)
             width, height = image.size
             reduced = image.draft(None, (least, least)) if least else None
             if width * height > 2 * PIXELS or image.width * image.height > PIXELS:
@@ -102,6 +103,11 @@ def _decoded(path: Picture | BinaryIO, name: str, least: int = 0) -> tuple[Image
             f"{name or path}: the image cannot be read ({error}). It must be a whole "
             f"picture ({', '.join(FORMATS)})"
         ) from None
+
+
+def _require_sides(image: Image.Image) -> None:
+    if max(image.size) > LONGEST * min(image.size):  # its short side would be enlarged
+        raise ValueError(f"{image.width} x {image.height} pixels")
 
 
 def _seen(image: Image.Image, extent: tuple[float, float]) -> tuple[Image.Image, Box]:
@@ -136,6 +142,8 @@ def _to_grey(image: Image.Image) -> Image.Image:
     """
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
+    if not math.isfinite(high - low):
+        raise ValueError("a value that is no finite number")
     if image.mode.startswith("I;16") or (image.mode == "I" and high > 255):
         top = _declared(image)
         if top is None and 255 < high < 4096:

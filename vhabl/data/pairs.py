@@ -68,6 +68,7 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
     if class_names and len(class_names) != labels.shape[1]:
         do = "Give one for each"
         fail(where, f"{len(class_names)} names for {labels.shape[1]} columns of label.mat", do)
+    class_names = [unicodedata.normalize("NFC", name) for name in class_names]
     files = [_image_file(path, config.image_root, name) for name in names]
     owners: dict[Path, str] = {}
     for number, (name, file) in enumerate(zip(names, files, strict=True), 1):

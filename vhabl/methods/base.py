@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -101,13 +102,16 @@ class HashingMethod(nn.Module, ABC):
             for bits, views in self.relax_lengths(inputs, lengths).items()
         }
 
-    def check_length(self, bits: int) -> None:
-        """Raise VhablError where the model cannot serve this code length."""
+    def check_length(self, bits: int) -> int:
+        """The code length as a plain int. Raises VhablError where the model cannot serve it."""
+        if not isinstance(bits, Integral):
+            bad_value("bits", repr(bits), "a whole number")
         if self.any_length and not 1 <= bits <= self.bits:
             bad_value("bits", bits, f"a code length from 1 to {self.bits}, which the model has")
         if not self.any_length and bits not in self.lengths:
             known = ", ".join(map(str, self.lengths))
             bad_value("bits", bits, f"a code length that the model was trained for: {known}")
+        return int(bits)
 
     def bit_importance(self) -> Tensor | None:
         """What each bit of a code weighs, [K], where the method ranks bits. Default: nothing."""

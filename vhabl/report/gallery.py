@@ -50,7 +50,7 @@ class Gallery:
 
     def __init__(self, config: DataConfig, data: Dataset) -> None:
         self.data = data
-        self.own = own_positions(data.query.ids, data.database.ids)
+        self.own = own_positions(data.query.sources, data.database.sources)
         self.pairs: dict[str, tuple[str, Stored]] = {}
         names = config.class_names
         if config.has_files:

@@ -146,7 +146,7 @@ def describe(data: Dataset) -> str:
     """Sizes of a data set in words."""
     spec = data.spec
     trained = int(np.isin(data.database.ids, data.train.ids).sum())
-    inside = own_positions(data.query.ids, data.database.ids) is not None
+    inside = own_positions(data.query.sources, data.database.sources) is not None
     return (
         f"{len(data.query):,} queries, {len(data.database):,} database items of which {trained:,} "
         f"were trained on, {spec.classes} classes"

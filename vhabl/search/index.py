@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +25,11 @@ from PIL import Image
 from vhabl import codebooks
 from vhabl.codes import pack
 from vhabl.config import load_data_config
-from vhabl.data import collection
+from vhabl.data import Collection, collection
 from vhabl.data.images import Picture
 from vhabl.encode import Images, Model, Texts, read_codes
 from vhabl.encode import load as load_model
-from vhabl.errors import bad_value, fail
+from vhabl.errors import bad_value, fail, plural
 from vhabl.metrics import integer_weights
 from vhabl.search import approximate, scan, store
 from vhabl.search.engine import (
@@ -43,6 +45,7 @@ from vhabl.search.engine import (
     read_meta,
 )
 from vhabl.search.where import parse
+from vhabl.types import Rows
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,15 @@ class Index:
             do = "Leave it out, or choose that engine"
             fail(f"uri {uri!r}", "the engine milvus alone has one", do)
         model = load_model(run, device)
-        model.method.check_length(model.method.bits if bits is None else bits)
+        if bits is not None:
+            bits = model.method.check_length(bits)
         config = model.run.config.data if data is None else load_data_config(data, overrides)
         found = collection(config, model.run.config.encoder)
         centres = None
         if codes is not None:
             signs = read_codes(Path(codes), model, found.ids, bits)
             bits = next(iter(signs.values())).shape[1]
+            _require_codes_of(model, found, signs, codes)
             encoded = _packed(signs)
         else:
             bits = model.method.bits if bits is None else bits
@@ -224,7 +229,7 @@ class Index:
 
     def check(self, top: int, bits: int | None, mode: Mode) -> int:
         """The code length asked for. Raises VhablError for what the index does not serve."""
-        if not isinstance(top, int) or top < 1:
+        if not isinstance(top, Integral) or top < 1:
             bad_value("top", top, "at least 1")
         modes, method = self.engine.modes, self.engine.meta["method"]
         if mode not in modes:
@@ -234,11 +239,11 @@ class Index:
             return whole
         if not self.engine.meta["any_length"]:
             bad_value("bits", bits, f"{whole}, the only length of this index")
-        if not 1 <= bits <= whole:
+        if not isinstance(bits, Integral) or not 1 <= bits <= whole:
             bad_value("bits", bits, f"a length from 1 to {whole}, which the index has")
         if mode in approximate.GRAPHS or not self.engine.prefixes:
             bad_value("bits", bits, f"{whole}: mode {mode} of this index compares whole codes")
-        return bits
+        return int(bits)
 
     def view(self, own: str, against: str) -> str:
         """The codes that a query of the view `own` is compared with. Raises VhablError."""
@@ -263,7 +268,9 @@ class Index:
         bits = self.check(top, bits, mode)
         if codes.ndim != 2 or codes.shape[1] != self.engine.bits:
             fail("codes", f"shape {codes.shape}", f"The index needs [N, {self.engine.bits}]")
-        return self.find(view, pack(codes), top, bits, mode, where)
+        if not np.isin(codes, (-1, 1)).all():
+            fail("codes", "values other than -1 and +1", "Give what a model's encode gives")
+        return self.find(self.view("", view), pack(codes), top, bits, mode, where)
 
     def find(
         self,
@@ -295,6 +302,7 @@ class Index:
         """Encode items and add them. labels: names of each item's classes, none by default. Raises
         VhablError, and adds none, where an id is there already, or something does not fit.
         """
+        _require_texts(ids)
         encoded = self._encode(images, texts)
         missing = [view for view in self.engine.views if view not in encoded.codes]
         if missing:
@@ -305,7 +313,12 @@ class Index:
             fail("ids", f"{len(ids)} for {found} items", "Give one for each")
         names = self.engine.class_names
         matrix = np.zeros((len(ids), len(names)), np.uint8)
-        for row, own in enumerate(labels or [()] * len(ids)):
+        if labels is not None and len(labels) != len(ids):
+            do = "Give one for each, empty where an item has none"
+            fail("labels", f"{plural(len(labels), 'list')} for {plural(len(ids), 'item')}", do)
+        for row, own in enumerate(labels or []):
+            if isinstance(own, str):
+                fail(f"labels of {ids[row]}", f"the text {own!r}", "Give a list of names")
             for name in own:
                 if name not in names:
                     do = "Give names of its classes"
@@ -320,12 +333,18 @@ class Index:
 
     def delete(self, ids: Sequence[str]) -> Index:
         """Raises VhablError, and deletes none, for an id that there is not."""
+        _require_texts(ids)
         self.engine = self.engine.delete(ids)
         return self
 
     def _encode(self, images: Images | None, texts: Texts | None) -> Encoded:
         features = "two-stage" in self.engine.modes
         return _encode(self.model, self.engine.bits, features, images, texts)
+
+
+def _require_texts(ids: Sequence[str]) -> None:
+    if isinstance(ids, str) or not all(isinstance(identity, str) for identity in ids):
+        fail("ids", f"a {type(ids).__name__}, or numbers in it", "Give a list of texts")
 
 
 def _encode(
@@ -341,6 +360,27 @@ def _encode(
     found = model.features(images, texts, bits, progress_bar)
     signs = {view: np.where(rows >= 0, 1, -1) for view, rows in found.items()}
     return replace(_packed(signs), features=found)
+
+
+def _require_codes_of(
+    model: Model, found: Collection, signs: dict[str, np.ndarray], path: str | Path
+) -> None:
+    """Raise VhablError where a few of the items, encoded again, have other codes: more than
+    another device rounds to.
+    """
+    rows = np.unique(np.linspace(0, len(found.ids) - 1, 8).astype(int))
+    bits = next(iter(signs.values())).shape[1]
+    again = model.encode(_some(found.images, rows), _some(found.texts, rows), bits)
+    differ = float(np.mean([signs[view][rows] != some for view, some in again.items()]))
+    if differ > 0.1:
+        what = f"{differ:.0%} of the bits of {len(rows)} items are others when encoded again"
+        fail(path, what, "Encode these data with this run")
+
+
+def _some(items: Any, rows: np.ndarray) -> Any:
+    if isinstance(items, Rows):
+        return items.take(rows)
+    return items[rows] if isinstance(items, np.ndarray) else [items[row] for row in rows]
 
 
 def _packed(signs: dict[str, np.ndarray]) -> Encoded:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from unicodedata import normalize
 
 import numpy as np
 
@@ -43,6 +44,7 @@ class Filter:
 
 def parse(text: str, class_names: Sequence[str]) -> Filter:
     """Raises VhablError naming what is wrong, or a label that there is not."""
+    text = normalize("NFC", text)
     tokens = [match for match in _TOKEN.finditer(text) if match.group().strip()]
     return _Parser(text, tokens, list(class_names)).whole()
 
