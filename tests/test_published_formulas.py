@@ -544,7 +544,7 @@ def cmcl_features(state: State, seen: Embeddings) -> tuple[dict[str, Any], dict[
     for view, parts in {"image": list(numpy_of(seen.patches)), "text": words}.items():
         whole[view] = [residual_mlp(state, "shared", x) for x in pooled[view]]
         name, local[view] = f"attend.{view}", []
-        queries = [layer_norm(state, f"{name}.norm_concepts", c) for c in state["concepts"]]
+        queries = [layer_norm(state, "norm_concepts", c) for c in state["concepts"]]
         for tokens in parts:
             tokens = [layer_norm(state, f"{name}.norm_parts", x) for x in tokens]
             found = multihead(state, f"{name}.attention", queries, tokens, CMCL_HEADS)

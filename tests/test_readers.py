@@ -31,7 +31,15 @@ from vhabl.data import __main__ as data_command
 from vhabl.data import collection, load, validation_split, without
 from vhabl.data.features import load_features
 from vhabl.data.images import ImageFiles, open_image, read, read_pixels, read_whole, to_pixels
-from vhabl.data.pairs import Pairs, describe_images, draw, read_pairs, to_splits, words
+from vhabl.data.pairs import (
+    Pairs,
+    describe_images,
+    describe_pairs,
+    draw,
+    read_pairs,
+    to_splits,
+    words,
+)
 from vhabl.data.table import read_table
 from vhabl.errors import VhablError
 from vhabl.matfile import is_hdf5, read_mat
@@ -658,6 +666,9 @@ def test_a_picture_is_known_by_its_file_not_by_the_way_to_it(tmp_path: Path) -> 
     rows = [{**TABLE[0], "image": name} for name in ("1.png", "sub/../1.png", "link.png", "2.png")]
     pairs = read_table(write_table(folder, "csv", rows), table_config())
     assert pairs.files == [folder / "images" / name for name in ["1.png"] * 3 + ["2.png"]]
+    assert "0 image files with the bytes of another one" in describe_pairs(pairs)
+    (folder / "images" / "2.png").write_bytes((folder / "images" / "1.png").read_bytes())
+    assert "1 image file with the bytes of another one" in describe_pairs(pairs)
 
 
 def test_a_row_takes_no_id_that_another_one_has(tmp_path: Path) -> None:
@@ -1173,6 +1184,7 @@ def test_the_check_names_every_bad_image(
         "2 classes, 1.0 labels an item, 0.0% of the items without a label",
         "  class 1: 4 items", "  class 2: 3 items",
         "1 empty caption", "0 further captions", "0 items with the image of another one",
+        "0 image files with the bytes of another one",
         "train: 3 items", "database: 5 items", "query: 2 items", "no problem found",
     ]  # fmt: skip
     with pytest.raises(VhablError, match=r"nowhere.*no such file or folder"):

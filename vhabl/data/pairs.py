@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 
@@ -239,7 +240,16 @@ def describe_pairs(pairs: Pairs) -> list[str]:
         plural(sum(not caption.strip() for caption in pairs.captions), "empty caption"),
         plural(sum(map(len, pairs.further)), "further caption"),
         plural(len(pairs.files) - len(set(pairs.files)), "item") + " with the image of another one",
+        plural(_copies(pairs.files), "image file") + " with the bytes of another one",
     ]
+
+
+def _copies(files: Sequence[Stored]) -> int:
+    """How many image files have the bytes of another one."""
+    paths = {file for file in files if isinstance(file, Path) and file.is_file()}
+    with ThreadPoolExecutor() as pool:
+        digests = set(pool.map(lambda file: blake2b(file.read_bytes()).digest(), paths))
+    return len(paths) - len(digests)
 
 
 def bad_images(pairs: Pairs) -> list[str]:

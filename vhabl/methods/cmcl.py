@@ -53,20 +53,20 @@ class CMCLSettings:
 
 
 class ConceptAttention(nn.Module):
-    """Concepts [M, D] attend to the parts of an item [B, P, D], and then to each other in a CLIP
-    block.
+    """Normalised concepts [M, D] attend to the parts of an item [B, P, D], then to each other in a
+    CLIP block.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         heads = max(1, dim // HEAD_WIDTH)
-        self.norm_concepts, self.norm_parts = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_parts = nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.block = ClipBlock(dim, heads)
 
     def forward(self, concepts: Tensor, parts: Tensor, present: Tensor | None) -> Tensor:
         """[B, M, D]. present [B, P]: which parts there are; without it all."""
-        queries = self.norm_concepts(concepts).expand(len(parts), -1, -1)
+        queries = concepts.expand(len(parts), -1, -1)
         parts = self.norm_parts(parts)
         absent = None if present is None else ~present
         found, _ = self.attention(queries, parts, parts, absent, need_weights=False)
@@ -97,6 +97,7 @@ class CMCL(HashingMethod):
         )
         if self.local:
             self.concepts = nn.Parameter(torch.randn(settings.concepts, dim))
+            self.norm_concepts = nn.LayerNorm(dim)
             self.attend = nn.ModuleDict({v: ConceptAttention(dim) for v in VIEWS})
         self.heads = LengthHeads(dim, self.lengths, settings.auxiliary)
         self.memory = CodeMemory(VIEWS, self.heads.lengths, spec.train_items, spec.classes)
@@ -124,7 +125,8 @@ class CMCL(HashingMethod):
             if self.local:
                 present = found.word_mask if view == "text" else None
                 with self.encoder.arithmetic():
-                    attended = self.attend[view](self.concepts, parts[view], present)
+                    concepts = self.norm_concepts(self.concepts)
+                    attended = self.attend[view](concepts, parts[view], present)
                 local[view] = attended.float()
         return whole, local
 
