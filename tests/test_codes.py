@@ -218,6 +218,17 @@ def test_a_packed_file_in_another_order_of_bits_is_refused(tmp_path: Path) -> No
         codes.load(npz)
 
 
+def test_the_length_of_a_file_is_that_of_its_codes(tmp_path: Path) -> None:
+    _, npz = codes.save(tmp_path, "Ours", "wiki", fused_tasks())
+    with np.load(npz) as content:
+        arrays = dict(content.items()) | {"val_B": fused_tasks()["fused"].query}
+    np.savez(npz, **arrays | {"bits": BITS})
+    assert codes.load(npz)["fused"].bits == BITS
+    np.savez(npz, **arrays | {"bits": BITS - 1})
+    with pytest.raises(VhablError, match=rf"val_B: {BITS} bits a code. Key bits says {BITS - 1}"):
+        codes.load(npz)
+
+
 def test_packed_file_holds_bytes_and_the_length(tmp_path: Path) -> None:
     _, npz = codes.save(tmp_path, "Ours", "wiki", fused_tasks())
     with np.load(npz) as content:

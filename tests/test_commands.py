@@ -289,6 +289,21 @@ def test_seeds_are_of_the_same_data_and_differ(feature_file: Path, command, tmp_
     assert code == 2 and "1: the digest of its data=" in one_message(err)
 
 
+def test_a_finished_run_is_not_replaced_by_another_one(feature_file: Path, command) -> None:
+    assert command(train.main, *training(feature_file, "out=own"))[0] == 0
+    weights = Path("own/weights.safetensors").read_bytes()
+    for more, found in (
+        (["seed=7"], "seed=0, this one 7"),
+        (["variant=long"], "variant=, this one long"),
+    ):
+        few = [a for a in training(feature_file, "out=own") if not a.startswith("seed=")]
+        code, _, err = command(train.main, *few, *more)
+        assert code == 2 and f"own: the finished run in it has {found}" in err
+        assert Path("own/weights.safetensors").read_bytes() == weights
+    assert command(train.main, *training(feature_file, "out=own", "epochs=1"))[0] == 0
+    assert Path("own/weights.safetensors").read_bytes() != weights
+
+
 def test_a_missing_run_is_named_by_its_folder(command) -> None:
     code, _, err = command(encode.main, "--checkpoint", "no/run", "--text", "a")
     assert code == 2 and "no/run: no such folder" in one_message(err)

@@ -99,6 +99,7 @@ def test_data_overrides_apply_to_the_chosen_data_set() -> None:
         ("threads=-1", "threads is -1"),
         ("threads=100000", "threads is 100000.*a whole number from 0 to 1024"),
         ("data=flickr26k", "data is 'flickr26k'.*one of.*wiki"),
+        ("out=run #1", r"'out=run #1': YAML takes '#' for a comment"),
         ("bits=8,8,16", r"bits is \[8, 8, 16\].*that differ"),
         (r"data.separator=\t", r"data\.separator is .* is a tab"),
         ("data.name=../up", r"data\.name"),

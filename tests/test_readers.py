@@ -40,7 +40,7 @@ from vhabl.data.pairs import (
     to_splits,
     words,
 )
-from vhabl.data.table import read_table
+from vhabl.data.table import read_items, read_table
 from vhabl.errors import VhablError
 from vhabl.matfile import is_hdf5, read_mat
 from vhabl.settings import DataConfig, EncoderConfig
@@ -993,8 +993,17 @@ def test_words_of_a_caption() -> None:
         "cats",
         "and",
         "zoë",
-        "don’t",
+        "don't",
     ]
+
+
+def test_a_word_has_one_form() -> None:
+    for one, other in (
+        ("don't", "don\u2019t"), ("red", "\uff32\uff25\uff24"), ("fish", "\ufb01sh"),
+        ("co\u00adoperate", "cooperate"), ("\u30ab\u30e1\u30e9", "\uff76\uff92\uff97"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u062e"), ("STRASSE", "stra\u00dfe"),
+    ):  # fmt: skip
+        assert words(one) == words(other) != []
 
 
 def test_words_in_other_scripts() -> None:
@@ -1315,6 +1324,7 @@ def labelled(tmp_path: Path, kind: str, cells: list[Any], **changes: Any) -> Pai
         ("parquet", [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], None]),
         ("csv", ["1;0;0;1", "0;1;0;0", "0;0;0;0", ""]),
         ("csv", ["[1, 0, 0, 1]", "[0, 1, 0, 0]", "[0, 0, 0, 0]", "NaN"]),
+        ("csv", ["True;False;False;True", "false;true;false;false", "0;0;0;0", ""]),
     ],
 )
 def test_a_0_or_1_for_each_class_is_a_row_of_labels(
@@ -1389,7 +1399,7 @@ def test_class_names_that_may_be_one_or_several_are_said(
     cells = ["Red", "red ", "blue, square", "caf\u00e9", "cafe\u0301"]
     assert labelled(tmp_path, "jsonl", cells).class_names == ["Red", "blue, square", "café", "red"]
     said = capsys.readouterr().err
-    assert "the classes 'Red' and 'red' differ in case alone" in said
+    assert "the classes 'Red' and 'red' differ in case or marks alone" in said
     assert "is 'blue, square' one class? data.separator is ';'" in said
     labelled(tmp_path / "b", "csv", ["red;blue", "square", "men's", "1.0", "C++", "10;2"])
     assert capsys.readouterr().err == ""
@@ -1400,6 +1410,40 @@ def test_class_names_that_may_be_one_or_several_are_said(
         assert f"is {name!r} one class?" in capsys.readouterr().err
     with pytest.raises(VhablError, match=r"row 2: column labels: '&amp;' in .*Write '&'"):
         labelled(tmp_path / "entity", "csv", ["red", "Food &amp; Drink"])
+
+
+def test_classes_that_may_be_one_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, other in enumerate(
+        ["red\u00a0car", "red  car", "red_car", "Red-Car", "red\u2013car"]
+    ):
+        labelled(tmp_path / str(number), "csv", ["red car", other, "-", "?"])
+        assert "differ in case or marks alone" in capsys.readouterr().err
+    labelled(tmp_path / "parts", "csv", ["red square", "red", "square"])
+    assert "is 'red square' one class?" in capsys.readouterr().err
+
+
+def test_columns_that_are_not_read_are_said_where_one_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image": "0.png", "Caption": "a dog", "labels": "x", "split": "train", "more": 1}]
+    path = write_table(write_pairs(tmp_path / "p"), "csv", rows)
+    read_items(path, table_config())
+    assert f"{path}: no column caption; not read: Caption, more" in capsys.readouterr().err
+    path = write_table(write_pairs(tmp_path / "q"), "csv", [{**TABLE[0], "more": 1}])
+    read_items(path, table_config())
+    assert capsys.readouterr().err == ""
+
+
+def test_captions_that_words_do_not_read_are_said(tmp_path: Path) -> None:
+    rows = [{**row, "caption": [row["caption"], "other"]} for row in TABLE]
+    rows[3]["caption"] = "salt &amp; pepper<br>"
+    config = table_config(path=str(write_table(write_pairs(tmp_path / "p"), "jsonl", rows)))
+    assert load(config).notes == (
+        "6 further captions: not read",
+        "captions hold HTML, whose names count as words: 'salt &amp; pepper<br>'",
+    )
 
 
 def test_class_names_are_compared_as_they_look(tmp_path: Path) -> None:
@@ -1426,7 +1470,7 @@ def test_captions_are_texts_or_lists_of_them(
     pairs = read_table(write_table(folder, "csv", rows), table_config())
     assert pairs.captions == ["a dog", "[2019] a dog", "one", "[1, 2]"]
     assert pairs.further == [["two dogs"], [], [], []]
-    cells = ["('a dog', 'two dogs')", "[None]", "['a dog', None]", "(a dog)"]
+    cells = ["('a dog', 'two dogs')", "[None]", "['a dog', None]", "(a dog)", "None", "<NA>"]
     rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate(cells)]
     pairs = read_table(write_table(folder, "csv", rows), table_config())
     assert pairs.captions == ["a dog", "a dog", "(a dog)"] and pairs.further[0] == ["two dogs"]
@@ -1489,6 +1533,16 @@ def test_columns_of_a_table_have_names_of_their_own(tmp_path: Path) -> None:
             "a.jsonl",
             json.dumps({"image": "QUJD" * 999, "caption": "a", "labels": "x"}).encode(),
             "row 1: column image: 'QUJDQUJD",
+        ),
+        (
+            "a.jsonl",
+            b'{"image": "n\\u0000.png", "caption": "a", "labels": "x"}\n',
+            "row 1: column image: 'n",
+        ),
+        (
+            "a.jsonl",
+            b'{"image": "n\\ud83d.png", "caption": "a", "labels": "x"}\n',
+            "row 1: column image: 'n",
         ),
         ("a.csv", b'image,caption,labels\n1.png,"x"y,even\n', "it cannot be read"),
         ("a.csv", b"image,caption,labels\n1.png,a, b,even\n", "row 1: more or fewer cells"),

@@ -16,6 +16,7 @@ from helpers import COLOURS, pair_config, write_feature_file, write_pair_folder
 
 from vhabl import codebooks, encode, errors, train
 from vhabl.codes import pack
+from vhabl.config import CONFIG_DIR, load
 from vhabl.data import items as read_items
 from vhabl.data import load as load_data
 from vhabl.data.pairs import Pairs
@@ -197,6 +198,38 @@ def test_a_filter_chooses_items(text: str, expected: np.ndarray) -> None:
 def test_a_filter_that_is_none(text: str, message: str) -> None:
     with pytest.raises(VhablError, match=message):
         parse(text, NAMES)
+
+
+def test_tables_are_read_with_the_columns_of_the_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["image,text,tags"] + [
+        f"{n}.png,{('red', 'blue')[n % 2]} one,{('red', 'blue')[n % 2]}" for n in range(20)
+    ]
+    (folder / "t.csv").write_text("\n".join(rows) + "\n")
+    table = ["data=table", f"data.path={folder / 't.csv'}", "data.caption_column=text",
+             "data.label_column=tags", "data.query=0", "data.train=0"]  # fmt: skip
+    config = load(
+        CONFIG_DIR / "nested_mlp.yaml",
+        [*table, "data.min_count=1", "validation.fraction=0", "epochs=1", "bits=16", "out=own",
+         "codes=none", "device=cpu", "data.workers=0", "model.modality_dropout=0.2"],
+    )  # fmt: skip
+    train.train(config, load_data(config.data, config.encoder), progress_bar=False)
+    built = Index.build("own index", "own")
+    more = folder / "more.csv"
+    more.write_text("image,text,tags\n21.png,a red one,red\n")
+    assert __main__.main(["add", "own index", "--table", str(more)]) == 0
+    hit = Index.open("own index").engine.item("21.png")[0]
+    assert hit.labels == ("red",) and hit.caption == "a red one" and len(built.engine) == 20
+    capsys.readouterr()
+    assert encode.main(["--checkpoint", "own", "--table", str(more), "--quiet"]) == 0
+    picture = folder / "images" / "21.png"
+    expected = built.model.encode([picture], ["a red one"])["fused"][0]
+    text = "".join("1" if bit > 0 else "0" for bit in expected)
+    assert capsys.readouterr().out == f"21.png\tfused\t{text}\n"
+    more.write_text("image,text,tags\n21.png,rot,red\n22.png,,red\n23.png,grün,red\n")
+    assert encode.main(["--checkpoint", "own", "--table", str(more), "--quiet"]) == 0
+    assert "2 texts without a word that the model knows, such as 'rot'" in capsys.readouterr().err
 
 
 def test_words_that_a_model_does_not_know_are_said(
@@ -1079,6 +1112,7 @@ def test_an_index_is_built_of_codes_that_were_written(folder: Path) -> None:
         ({"ids": ids[:19]}, "key ids: 19 items. It must be the 20 items of the data"),
         ({"ids": ids[::-1]}, "key ids: 20 items, '19.png' among them. It must be the 20 items"),
         ({"ids": None}, "key ids: 0 items"),
+        ({"texts": np.array("0" * 32)}, "key texts: its codes are of other texts"),
         ({"text": None}, "its keys are image. It must have image and text"),
         ({"text": views["text"][:19]}, r"key text: shape \(19, 8\)\. It must be codes of 20"),
         ({"text": np.zeros((20, 8))}, r"key text: shape \(20, 8\)\. It must be codes of 20"),
@@ -1088,13 +1122,15 @@ def test_an_index_is_built_of_codes_that_were_written(folder: Path) -> None:
         np.savez("bad.npz", **kept)
         with pytest.raises(VhablError, match=f"bad.npz: {message}"):
             Index.build("index", "run", recipe, codes="bad.npz")
+    with pytest.raises(VhablError, match=r"bits is 16, but must be 8, as c.npz has"):
+        Index.build("index", "run", recipe, 16, codes="c.npz")
     for row, number in enumerate(range(19, -1, -1)):  # other pictures and captions of these names
         (folder / "images" / f"{number}.png").rename(folder / "images" / f"new {row}.png")
     for file in (folder / "images").glob("new *"):
         file.rename(file.with_name(file.name.removeprefix("new ")))
-    (folder / "t.csv").write_text((folder / "t.csv").read_text().replace("blue", "red"))
     with pytest.raises(VhablError, match=r"c\.npz: \d+% of the bits of 8 items are others"):
         Index.build("index", "run", recipe, codes="c.npz")
-    with pytest.raises(VhablError, match=r"bits is 16, but must be 8, as c.npz has"):
-        Index.build("index", "run", recipe, 16, codes="c.npz")
+    (folder / "t.csv").write_text((folder / "t.csv").read_text().replace("blue", "red"))
+    with pytest.raises(VhablError, match=r"c\.npz: key texts: its codes are of other texts"):
+        Index.build("index", "run", recipe, codes="c.npz")
     assert not Path("index").exists()

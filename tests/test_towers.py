@@ -623,12 +623,24 @@ def test_greys_are_scaled_by_what_a_file_declares(tag: int, tmp_path: Path) -> N
     assert np.abs(found - np.arange(256)).max() <= 1
 
 
+def test_a_grey_that_counts_from_white_is_no_negative(tmp_path: Path) -> None:
+    values = (np.arange(256).reshape(16, 16) * 257).astype(np.uint16)
+    for name, tag, content in (("a", 1, values), ("b", 0, 65535 - values)):
+        Image.fromarray(content).save(tmp_path / f"{name}.tiff", tiffinfo={262: tag})
+    with Image.open(tmp_path / "b.tiff") as picture:
+        assert picture.tag_v2[262] == 0 and picture.mode == "I;16"
+    for name in "ab":
+        found = np.asarray(open_image(tmp_path / f"{name}.tiff"))[..., 0].ravel().astype(int)
+        assert np.abs(found - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("top", [4095, 255])
 def test_undeclared_greys_of_few_bits_are_said_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    top: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("x.png", "y.tiff"):
-        Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / name)
-        assert open_image(tmp_path / name).getpixel((0, 0)) == (15, 15, 15)
+        Image.fromarray(np.full((4, 4), top, np.uint16)).save(tmp_path / name)
+        assert open_image(tmp_path / name).getpixel((0, 0)) == (top // 257,) * 3
     assert capsys.readouterr().err.count("dark") == 1
 
 

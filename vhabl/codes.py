@@ -169,12 +169,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         fail(path, "no key bits", "It must say the code length")
     length = int(bits.reshape(-1)[0])
     for key, array in arrays.items():
-        if (
-            array.dtype == np.uint8
-            and array.ndim == 2
-            and not key.lower().startswith("l_")
-            and not key.endswith("_l")
-        ):
+        if array.ndim != 2 or key.lower().startswith("l_") or key.endswith("_l"):
+            continue
+        if array.dtype != np.uint8 and array.shape[1] != length:
+            fail(f"{path}: key {key}", f"{array.shape[1]} bits a code", f"Key bits says {length}")
+        if array.dtype == np.uint8:
             if length < 1 or array.shape[1] != -(-length // 8):
                 do = f"{length} bits take {-(-length // 8)}"
                 fail(f"{path}: key {key}", f"{array.shape[1]} bytes a code", do)

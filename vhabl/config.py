@@ -460,6 +460,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         name, sign, value = text.partition("=")
         if not sign or not name:
             fail(f"argument {text!r}", "it has no key=value", "Write it as in epochs=60")
+        if re.search(r"\s#", value) and value[0] not in "'\"":
+            fail(f"argument {text!r}", "YAML takes '#' for a comment", "Put the value in quotes")
         try:
             given |= _flatten({name: _value(value) if value else ""})
         except ValueError:

@@ -10,9 +10,9 @@ torchrun --nproc-per-node 4 -m vhabl.encode --checkpoint RUN --table items.csv -
     codes = model.encode(images=["a.jpg", "b.jpg"], texts=["a red car", "two dogs"], bits=64)
     codes["fused"]  # int8 [2, 64] of -1 and +1
 
-An .npz file has `ids`, `bits`, `run` (the digest of the run's weights), and the codes of each view
-(`fused`, or `image` and `text`) packed as `vhabl.codes.pack` does. A fused method takes pictures,
-texts or pairs; a cross one encodes pictures and texts apart.
+An .npz file has `ids`, `bits`, digests of the run's weights (`run`) and of the texts (`texts`), and
+the codes of each view (`fused`, or `image` and `text`) packed as `vhabl.codes.pack` does. A fused
+method takes pictures, texts or pairs; a cross one encodes pictures and texts apart.
 
 Under torchrun each process encodes a part of the items, and the file is the same. Parts that are
 done are kept for the next try where one dies (`vhabl.shards`).
@@ -23,6 +23,8 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -97,6 +99,14 @@ class Model:
     ) -> dict[str, np.ndarray]:
         """What `encode` takes the signs of, float32 [N, bits] of each view."""
         return self._run(images, texts, bits, progress_bar, relaxed_codes)
+
+    def table(self, path: Path, image_root: str, class_names: Sequence[str] = ()) -> DataConfig:
+        """How a table is read: with the columns of the one that the model was trained on."""
+        own = self.run.config.data
+        if own.kind != "table":
+            own = DataConfig("table", "table", "")
+        names = list(class_names)
+        return replace(own, path=str(path), image_root=image_root, class_names=names)
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a text that the model does not count; none where it reads tokens. Raises
@@ -204,7 +214,12 @@ class Model:
         _refuse_features("texts", texts)
         listed = [text or "" for text in texts]
         if encoder.name != "clip":
-            return bag_of_words(listed, self.method.spec.vocabulary), 0
+            bags = bag_of_words(listed, self.method.spec.vocabulary)
+            known = zip(listed, bags, strict=True)
+            if unknown := [text for text, bag in known if words(text) and not bag.any()]:
+                found = f"{plural(len(unknown), 'text')} without a word that the model knows"
+                note(f"{found}, such as {unknown[0][:80]!r}")
+            return bags, 0
         return openclip.tokenise(listed, encoder.words)
 
 
@@ -250,7 +265,11 @@ def image_files(folder: Path) -> list[Path]:
             found.append(file)
         else:
             others.append(file)
-    reasons = (hidden, "hidden"), (links, "a link to no file"), (others, "no picture")
+    reasons = (
+        (hidden, "hidden"),
+        (links, "a link to a folder or to nothing"),
+        (others, "no picture"),
+    )
     for files, why in reasons:
         if files:
             example = files[0].relative_to(folder)
@@ -261,17 +280,23 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
+def digest(texts: Texts | None) -> str:
+    """A short digest of texts or their features."""
+    content = texts.tobytes() if isinstance(texts, np.ndarray) else ascii(texts).encode()
+    return blake2b(content, digest_size=16).hexdigest()
+
+
 def read_codes(
-    path: Path, model: Model, ids: Sequence[str], bits: int | None = None
+    path: Path, model: Model, ids: Sequence[str], texts: Texts, bits: int | None = None
 ) -> dict[str, np.ndarray]:
     """Codes of each view of the model, int8 [N, bits], from a file that this command wrote. Raises
     VhablError where it is damaged, or not of this run, of these items or of this length.
     """
     arrays = code_files.read_npz(path)
-    digest = str(arrays.pop("run", "nothing"))
-    if digest != model.run.digest:
+    run, of_texts = (str(arrays.pop(key, "nothing")) for key in ("run", "texts"))
+    if run != model.run.digest:
         do = f"{model.run.folder} is {model.run.digest}: encode the items with it"
-        fail(path, f"its codes are of run {digest}", do)
+        fail(path, f"its codes are of run {run}", do)
     try:
         found = code_files.texts(arrays.pop("ids", np.zeros(0, str)))
     except ValueError as error:
@@ -282,6 +307,8 @@ def read_codes(
         said = plural(len(found), "item") + (f", {other!r} among them" if other else "")
         do = f"It must be the {plural(len(wanted), 'item')} of the data, in order"
         fail(f"{path}: key ids", said, do)
+    if of_texts != digest(texts):
+        fail(f"{path}: key texts", "its codes are of other texts", "Encode the items again")
     views = ["fused"] if model.method.task == "fused" else ["image", "text"]
     if list(arrays) != views:
         do = f"It must have {' and '.join(views)}"
@@ -313,7 +340,8 @@ def main(arguments: list[str]) -> int:
             _print(whole, bits)
             return 0
         with atomic_path(given.out) as path, path.open("wb") as file:
-            about = {"bits": np.int64(bits), "run": np.array(model.run.digest)}
+            digests = {"run": np.array(model.run.digest), "texts": np.array(digest(items[2]))}
+            about = {"bits": np.int64(bits), **digests}
             content: dict[str, Any] = {**about, "ids": np.array(whole.ids, str), **whole.codes}
             np.savez(file, **content)
         if here.size > 1:
@@ -366,8 +394,7 @@ def _items(given: argparse.Namespace, model: Model) -> Items:
         files = image_files(given.images)
         return [file.relative_to(given.images).as_posix() for file in files], files, None
     if given.table is not None:
-        config = DataConfig("table", "table", str(given.table), image_root=given.image_root)
-        return read_items(given.table, config)[:3]
+        return read_items(given.table, model.table(given.table, given.image_root))[:3]
     if given.data is not None:
         config = load_data_config(given.data, given.overrides)
         found = collection(config, model.run.config.encoder)

@@ -32,6 +32,7 @@ from vhabl.config import (
     Config,
     build_method,
     first_difference,
+    flat,
     from_yaml,
     override,
     stored,
@@ -208,6 +209,17 @@ def find(folder: Path) -> list[Path]:
         do = "Give a run folder, or a folder above several runs"
         fail(folder, "no finished run (weights.safetensors) is in it", do)
     return found
+
+
+def require_own(folder: Path, config: Config) -> None:
+    """Raise VhablError where a folder has the finished run of another method, data set or seed."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        return
+    there, here = stored(folder / CONFIG_FILE), flat(config)
+    for key in ("data.name", "method", "variant", "oracle_labels", "seed"):
+        if there.get(key) != here.get(key):
+            found = f"the finished run in it has {key}={there.get(key)}, this one {here.get(key)}"
+            fail(folder, found, "Choose another folder: out=FOLDER")
 
 
 def require_alike(folders: Iterable[Path]) -> None:

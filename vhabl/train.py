@@ -85,6 +85,7 @@ def train(
                 needed.mkdir(parents=True, exist_ok=True)
         if here.rank == 0:
             held.enter_context(alone(folder))
+            runs.require_own(folder, config)
 
     with ExitStack() as held:
         here.everywhere(hold)

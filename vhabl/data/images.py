@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -146,8 +145,11 @@ def _to_grey(image: Image.Image) -> Image.Image:
         raise ValueError("a value that is no finite number")
     if image.mode.startswith("I;16") or (image.mode == "I" and high > 255):
         top = _declared(image)
-        if top is None and 255 < high < 4096:
-            _note_dark()
+        if top is None and 0 < high < 4096:
+            note(
+                "pictures of 16 bits with no value above 4095 are read as dark ones; if they have "
+                "12 bits, multiply them by 16"
+            )
         low, high = 0.0, 65535.0 if top is None else top
     grey = np.empty(values.shape, np.uint8)
     for rows in range(0, len(values), 256):  # the numbers between take 8 bytes each
@@ -156,7 +158,8 @@ def _to_grey(image: Image.Image) -> Image.Image:
         grey[rows : rows + 256] = np.clip(scaled, 0, 255)
         if "transparency" in image.info:  # the grey that a PNG shows as nothing
             grey[rows : rows + 256][some == image.info["transparency"]] = 255
-    return Image.fromarray(grey)
+    white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0 and image.mode.startswith("I;16")
+    return Image.fromarray(255 - grey if white_is_zero else grey)
 
 
 def _declared(image: Image.Image) -> float | None:
@@ -166,14 +169,6 @@ def _declared(image: Image.Image) -> float | None:
     top = top[0] if isinstance(top, tuple) else top
     bits = tags.get(258, (16,))[0]  # BitsPerSample
     return float(top) if top else 2.0**bits - 1 if bits < 16 else None
-
-
-@cache
-def _note_dark() -> None:
-    note(
-        "pictures of 16 bits with no value above 4095 are read as dark ones; if they have 12 bits, "
-        "multiply them by 16"
-    )
 
 
 def to_pixels(image: Image.Image, side: int, squeeze: bool, box: Box | None = None) -> np.ndarray:

@@ -7,6 +7,7 @@ bag.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -175,6 +176,10 @@ def to_splits(pairs: Pairs, config: DataConfig, encoder: EncoderConfig) -> Roles
     if encoder.name == "clip":
         text, notes = _tokens(pairs, encoder)
     else:
+        if any(pairs.further):
+            notes = [f"{plural(sum(map(len, pairs.further)), 'further caption')}: not read"]
+        if marked := next(filter(_HTML.search, pairs.captions), None):
+            notes.append(f"captions hold HTML, whose names count as words: {marked[:80]!r}")
         vocabulary = _vocabulary([pairs.captions[i] for i in rows[0]], config.min_count)
         text = bag_of_words(pairs.captions, vocabulary)
     first: dict[Stored, int] = {}
@@ -310,14 +315,16 @@ _UNSPACED = (
     r"&&[\p{L}\p{N}\p{M}]]"
 )
 _SPACED = rf"[[\p{{L}}\p{{N}}]--{_UNSPACED}][[\p{{L}}\p{{N}}\p{{M}}]--{_UNSPACED}]*"
-_WORDS = regex.compile(
-    rf"(?V1)(?P<unspaced>{_UNSPACED}+)|{_SPACED}(?:['\u2019][\p{{L}}\p{{N}}\p{{M}}]+)?"
-)
+_WORDS = regex.compile(rf"(?V1)(?P<unspaced>{_UNSPACED}+)|{_SPACED}(?:'[\p{{L}}\p{{N}}\p{{M}}]+)?")
+
+
+_HTML = re.compile(r"&#?\w+;|</?(?:a|b|br|div|i|img|p|span)\b[^>]*>", re.IGNORECASE)
+_UNSEEN = re.compile("[\u00ad\u0640\u200b-\u200d\u2060\ufeff]")  # soft hyphens, joiners, tatweel
 
 
 def words(caption: str) -> list[str]:
-    """Lower-case words of letters, marks and digits; of scripts without spaces between words, such
-    as Chinese, characters and pairs of them.
+    """Words of letters, marks and digits, in one form of case, width and apostrophe; of scripts
+    without spaces between words, such as Chinese, characters and pairs of them.
 
     >>> words("Man's best friend: dog, pet!")
     ["man's", 'best', 'friend', 'dog', 'pet']
@@ -325,7 +332,9 @@ def words(caption: str) -> list[str]:
     ['红', '色', '车', '红色', '色车']
     """
     found: list[str] = []
-    for match in _WORDS.finditer(unicodedata.normalize("NFC", caption.lower())):
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).casefold())
+    text = _UNSEEN.sub("", text).replace("\u2019", "'")
+    for match in _WORDS.finditer(text):
         if match["unspaced"]:
             characters = regex.findall(r"\X", match[0])
             found += [*characters, *(a + b for a, b in pairwise(characters))]

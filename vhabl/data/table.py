@@ -35,6 +35,7 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     Raises VhablError naming the file and the row.
     """
     rows = list(_rows(path))
+    _note_unread(path, rows, config)
     for key in ("image_column", "caption_column", "label_column"):
         column = getattr(config, key)
         if unlabelled and key == "label_column":
@@ -82,6 +83,16 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     return Pairs(ids, captions, further, files, matrix, names, roles, no_text)
 
 
+def _note_unread(path: Path, rows: Sequence[dict[str, Any]], config: DataConfig) -> None:
+    """Say which columns there are in place of one that is not there."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    expected = [config.image_column, config.caption_column, config.label_column]
+    absent = [name for name in expected if name not in columns]
+    others = [name for name in columns if name not in (*expected, "split", "")]
+    if absent and others:
+        note(f"{path}: no column {', '.join(absent)}; not read: {', '.join(others)[:200]}")
+
+
 # Separators, quotes, what is not seen, rows of 0 and 1, and what stands for nothing.
 _DOUBTFUL = re.compile(
     r"""[,;|/\\\t\n\u3001\uff0c\uff1b\u200b-\u200f\ufeff]|^["'\u201c]|["'\u201d]$"""
@@ -94,9 +105,12 @@ def _note_doubtful(path: Path, names: Sequence[str], separator: str) -> None:
     """Say which classes may be one, and which one may be several."""
     spelled: dict[str, str] = {}
     for name in names:
-        if (other := spelled.setdefault(name.casefold(), name)) != name:
-            note(f"{path}: the classes {other!r} and {name!r} differ in case alone")
-    if listed := next(filter(_DOUBTFUL.search, names), None):
+        plain = " ".join(re.findall(r"[^\W_]+", name.casefold())) or name
+        if (other := spelled.setdefault(plain, name)) != name:
+            note(f"{path}: the classes {other!r} and {name!r} differ in case or marks alone")
+    parts = {name: re.split(r"\W+|_", name) for name in names}
+    several = (n for n in names if len(parts[n]) > 1 and set(parts[n]) <= set(names))
+    if listed := next(filter(_DOUBTFUL.search, names), next(several, None)):
         note(f"{path}: is {listed!r} one class? data.separator is {separator!r}")
 
 
@@ -121,6 +135,7 @@ def read_items(
     rows = list(_rows(path))
     columns = list(dict.fromkeys(column for row in rows for column in row))
     known = ", ".join(columns) or "none"
+    _note_unread(path, rows, config)
     has = {c: c in columns for c in (config.image_column, config.caption_column)}
     for number, row in enumerate(rows):
         for column in (c for c, there in has.items() if there and c not in row):
@@ -150,6 +165,12 @@ def _ids(images: Sequence[str]) -> list[str]:
     return ids
 
 
+# No part of a path is longer; no file name has NUL or half a character of JSON.
+_FILE_NAME = re.compile(
+    r"(?:[^/\0\ud800-\udc7f\udd00-\udfff]{0,255}/)*[^/\0\ud800-\udc7f\udd00-\udfff]{1,255}"
+)
+
+
 def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> Stored:
     """The picture of a row: a file, or one that the row holds as its bytes (in JSON as base64)."""
     cell = row.get(config.image_column)
@@ -164,7 +185,7 @@ def _image(path: Path, number: int, row: dict[str, Any], config: DataConfig) -> 
     if isinstance(content, bytes) and content:
         return Embedded(name if isinstance(name, str) and name else str(number + 1), content)
     name = cell if isinstance(cell, str) else name
-    if not isinstance(name, str) or not name or max(map(len, Path(name).parts), default=0) > 255:
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         where = f"{path}: row {number + 1}: column {config.image_column}"
         expected = 'a file name, or a picture as {"bytes": ..., "path": ...} with bytes in base64'
         fail(where, _shown(cell), f"Give {expected}")
@@ -197,8 +218,10 @@ _LIST = re.compile(
 )
 _OPENS_LIST = re.compile(r"""\s*(?:[\[{]|\(\s*['"])""")
 
-_BIT = re.compile(r"[01](?:\.0*)?")
-_BITS = re.compile(rf"(?:{_BIT.pattern}[\s,;|]+)+{_BIT.pattern}")  # with another separator
+_BIT = re.compile(r"(?:[01](?:\.0*)?|true|false)", re.IGNORECASE)
+_BITS = re.compile(  # with another separator
+    rf"(?:{_BIT.pattern}[\s,;|]+)+{_BIT.pattern}", re.IGNORECASE
+)
 _NUMBER = re.compile(r"-\d+(?:\.\d*)?|\d*\.\d*[1-9]\d*")  # negative, or a fraction
 
 
@@ -212,6 +235,7 @@ def _list(cell: str) -> list[Any] | None:
         return list(ast.literal_eval(cell.strip()))
 
 
+_NOTHING = re.compile(r"\s*(?:none|null|n/a|<na>)\s*", re.IGNORECASE)
 # A dictionary, or a list that Python or NumPy printed without its commas.
 _PRINTED = re.compile(rf"""\{{['"]|\[\s*{_QUOTED}\s+{_QUOTED}.*\]\s*$""", re.DOTALL)
 
@@ -224,7 +248,8 @@ def _captions(path: Path, number: int, row: dict[str, Any], config: DataConfig) 
         listed = cell if isinstance(cell, list) else [cell]
     texts = []
     for text in listed:
-        if text != "" and _is_missing(text):
+        missing = _is_missing(text) or (isinstance(text, str) and _NOTHING.fullmatch(text))
+        if text != "" and missing:
             continue
         if not isinstance(text, str) or _PRINTED.match(text):
             where = f"{path}: row {number + 1}: column {config.caption_column}"
@@ -251,7 +276,9 @@ def _labels(path: Path, rows: Sequence[dict[str, Any]], config: DataConfig) -> l
         what = f"{' or '.join(map(str, sorted(sizes)))} numbers of 0 and 1 a row"
         expected = "a number for each of data.class_names, or names of classes"
         fail(f"{path}: column {column}", what, f"Give {expected}")
-    return [[name for name, has in zip(names, own, strict=False) if has[0] == "1"] for own in found]
+    return [
+        [name for name, has in zip(names, own, strict=False) if has[0] in "1tT"] for own in found
+    ]
 
 
 def _names(where: str, cell: Any, separator: str) -> list[str]:

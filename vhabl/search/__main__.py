@@ -22,7 +22,6 @@ from vhabl.data.table import read_items
 from vhabl.search.approximate import GRAPHS
 from vhabl.search.engine import ENGINES, MODES
 from vhabl.search.index import Index
-from vhabl.settings import DataConfig
 
 LONGEST = 200  # characters of a caption that are printed
 
@@ -101,10 +100,7 @@ def main(arguments: list[str]) -> int:
         serve_page(index, given.host, given.port, given.allow_host)
         return 0
     if given.command == "add":
-        config = DataConfig(
-            "table", "table", str(given.table), image_root=given.image_root,
-            class_names=index.engine.class_names,
-        )  # fmt: skip
+        config = index.model.table(given.table, given.image_root, index.engine.class_names)
         ids, images, texts, labels = read_items(given.table, config)
         index.add(images, texts, ids, labels)
     elif given.command == "delete":

@@ -124,7 +124,7 @@ class Index:
         found = collection(config, model.run.config.encoder)
         centres = None
         if codes is not None:
-            signs = read_codes(Path(codes), model, found.ids, bits)
+            signs = read_codes(Path(codes), model, found.ids, found.texts, bits)
             bits = next(iter(signs.values())).shape[1]
             _require_codes_of(model, found, signs, codes)
             encoded = _packed(signs)
