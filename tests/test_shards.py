@@ -197,7 +197,7 @@ def test_any_number_of_ranks_writes_what_one_does(
         assert content("1.npz") == content(f"{size}.npz")
         assert capsys.readouterr() == (out.replace("1.npz", f"{size}.npz"), err)
         assert not Path(f"{size}.npz.shards").exists()
-    assert list(content("1.npz")) == ["bits", "run", "ids", "image", "text"]
+    assert list(content("1.npz")) == ["bits", "run", "texts", "ids", "image", "text"]
 
 
 def test_shards_that_are_whole_and_right_are_kept(
