@@ -315,7 +315,9 @@ _UNSPACED = (
     r"&&[\p{L}\p{N}\p{M}]]"
 )
 _SPACED = rf"[[\p{{L}}\p{{N}}]--{_UNSPACED}][[\p{{L}}\p{{N}}\p{{M}}]--{_UNSPACED}]*"
-_WORDS = regex.compile(rf"(?V1)(?P<unspaced>{_UNSPACED}+)|{_SPACED}(?:'[\p{{L}}\p{{N}}\p{{M}}]+)?")
+_WORDS = regex.compile(
+    rf"(?V1)(?P<unspaced>{_UNSPACED}+)|{_SPACED}(?:\u2019[\p{{L}}\p{{N}}\p{{M}}]+)?"
+)
 
 
 _HTML = re.compile(r"&#?\w+;|</?(?:a|b|br|div|i|img|p|span)\b[^>]*>", re.IGNORECASE)
@@ -327,13 +329,13 @@ def words(caption: str) -> list[str]:
     without spaces between words, such as Chinese, characters and pairs of them.
 
     >>> words("Man's best friend: dog, pet!")
-    ["man's", 'best', 'friend', 'dog', 'pet']
+    ['man’s', 'best', 'friend', 'dog', 'pet']
     >>> words("红色车")
     ['红', '色', '车', '红色', '色车']
     """
     found: list[str] = []
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).casefold())
-    text = _UNSEEN.sub("", text).replace("\u2019", "'")
+    text = _UNSEEN.sub("", text).replace("'", "\u2019")
     for match in _WORDS.finditer(text):
         if match["unspaced"]:
             characters = regex.findall(r"\X", match[0])
