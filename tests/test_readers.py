@@ -1374,6 +1374,7 @@ def test_class_numbers_are_names_even_where_they_are_0_and_1(tmp_path: Path) -> 
         ("csv", "[['red'], ['square']]"),
         ("csv", "1 0 0 1"),
         ("csv", "('red')"),
+        ("csv", "[1.5.2]"),
         ("csv", "-1;1"),
         ("csv", "0.9;0.1"),
         ("jsonl", -1),
@@ -1465,10 +1466,10 @@ def test_captions_are_texts_or_lists_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_pairs(tmp_path / "p")
-    cells = ["['a dog', 'two dogs']", "[2019] a dog", '["one"]', "[]", "[1, 2]"]
+    cells = ["['a dog', 'two dogs']", "[1.5.2]", '["one"]', "[]", "[1, 2]"]
     rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate(cells)]
     pairs = read_table(write_table(folder, "csv", rows), table_config())
-    assert pairs.captions == ["a dog", "[2019] a dog", "one", "[1, 2]"]
+    assert pairs.captions == ["a dog", "[1.5.2]", "one", "[1, 2]"]
     assert pairs.further == [["two dogs"], [], [], []]
     cells = ["('a dog', 'two dogs')", "[None]", "['a dog', None]", "(a dog)", "None", "<NA>"]
     rows = [{**TABLE[row], "caption": cell} for row, cell in enumerate(cells)]

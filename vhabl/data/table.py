@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -229,10 +230,10 @@ def _list(cell: str) -> list[Any] | None:
     """The list that a text is, as JSON or Python write it; None where it is another text."""
     if not _LIST.fullmatch(cell.strip()):
         return None
-    try:
-        return list(json.loads(cell))
-    except ValueError:
-        return list(ast.literal_eval(cell.strip()))
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            return list(read(cell.strip()))
+    return None
 
 
 _NOTHING = re.compile(r"\s*(?:none|null|n/a|<na>)\s*", re.IGNORECASE)
