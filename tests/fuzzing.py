@@ -408,7 +408,8 @@ def make_encoded(folder: Path) -> None:
 def encoded(path: Path) -> None:
     if "model" not in READY:
         READY["model"] = encode.load(path.parent / "run")
-    encode.read_codes(path, READY["model"], ["1", "2", "3"])
+    texts = ["a red picture", "blue", "white so to say"]
+    encode.read_codes(path, READY["model"], ["1", "2", "3"], texts)
 
 
 @reader(lambda f: Shard(f / "s.npz", "x").write(Part(0, ["a"], {"fused": np.ones((1, 2), "u1")})))
