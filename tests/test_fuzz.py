@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = int(os.environ.get("VHABL_FUZZ", "40"))  # of each reader
+FILES = int(os.environ.get("VHABL_FUZZ", "30"))  # of each reader
 FIRST = int(os.environ.get("VHABL_SEED", "0"))  # the number of the first one
 # What once crashed, hung, took too much or ended with a traceback; in runs, which are trained.
 FOUND = ("features:14", "features:100", "features_73:33", "code_files:74", "recipes:30",
