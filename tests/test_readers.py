@@ -1450,6 +1450,9 @@ def test_captions_that_words_do_not_read_are_said(tmp_path: Path) -> None:
 def test_class_names_are_compared_as_they_look(tmp_path: Path) -> None:
     pairs = labelled(tmp_path, "csv", ["caf\u00e9", "tea"], class_names=["cafe\u0301", "tea"])
     assert pairs.labels.tolist() == [[1, 0], [0, 1]]
+    cells = ["1;0", "0;1"]
+    pairs = labelled(tmp_path / "b", "csv", cells, class_names=["cafe\u0301", "tea"])
+    assert pairs.labels.tolist() == [[1, 0], [0, 1]]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_class_name(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ import argparse
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -46,7 +45,7 @@ from vhabl.ranks import Ranks
 from vhabl.settings import DataConfig
 from vhabl.shards import Part, Shard
 from vhabl.trainer import pick_device
-from vhabl.types import Embedded, Rows, Split, Stored
+from vhabl.types import Embedded, Rows, Split, Stored, take
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif"}
 
@@ -158,8 +157,7 @@ class Model:
             if not no_text.any():
                 return self._codes(image, text, bits, "", progress_bar, run), cut
             pairs, alone = np.flatnonzero(~no_text), np.flatnonzero(no_text)
-            some, others = (image.take(r) if isinstance(image, Rows) else image[r]
-                            for r in (pairs, alone))  # fmt: skip
+            some, others = take(image, pairs), take(image, alone)
             parts = (
                 self._codes(some, text[pairs], bits, "", progress_bar, run),
                 self._codes(others, _nothing(len(alone)), bits, "image", progress_bar, run),
@@ -280,10 +278,8 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
-def digest(texts: Texts | None) -> str:
-    """A short digest of texts or their features."""
-    content = texts.tobytes() if isinstance(texts, np.ndarray) else ascii(texts).encode()
-    return blake2b(content, digest_size=16).hexdigest()
+def _digest(texts: Texts | None) -> str:
+    return shards.signature((), (), None, texts)
 
 
 def read_codes(
@@ -307,7 +303,7 @@ def read_codes(
         said = plural(len(found), "item") + (f", {other!r} among them" if other else "")
         do = f"It must be the {plural(len(wanted), 'item')} of the data, in order"
         fail(f"{path}: key ids", said, do)
-    if of_texts != digest(texts):
+    if of_texts != _digest(texts):
         fail(f"{path}: key texts", "its codes are of other texts", "Encode the items again")
     views = ["fused"] if model.method.task == "fused" else ["image", "text"]
     if list(arrays) != views:
@@ -340,7 +336,7 @@ def main(arguments: list[str]) -> int:
             _print(whole, bits)
             return 0
         with atomic_path(given.out) as path, path.open("wb") as file:
-            digests = {"run": np.array(model.run.digest), "texts": np.array(digest(items[2]))}
+            digests = {"run": np.array(model.run.digest), "texts": np.array(_digest(items[2]))}
             about = {"bits": np.int64(bits), **digests}
             content: dict[str, Any] = {**about, "ids": np.array(whole.ids, str), **whole.codes}
             np.savez(file, **content)
@@ -440,8 +436,8 @@ def _take(items: Items, rows: slice) -> Items:
     ids, images, texts = items
     return (
         ids[rows],
-        images.take(rows) if isinstance(images, Rows) else None if images is None else images[rows],
-        None if texts is None else texts[rows],
+        None if images is None else take(images, rows),
+        None if texts is None else take(texts, rows),
     )
 
 

@@ -55,6 +55,9 @@ HISTORY_FILE = "history.json"
 _PACKAGES = ("torch", "numpy", "scipy", "h5py", "safetensors", "faiss-cpu")
 
 
+_ROW = ("data.name", "method", "variant", "oracle_labels")  # what a row of a table is of
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run as read from its folder."""
@@ -216,7 +219,7 @@ def require_own(folder: Path, config: Config) -> None:
     if not (folder / WEIGHTS_FILE).is_file():
         return
     there, here = stored(folder / CONFIG_FILE), flat(config)
-    for key in ("data.name", "method", "variant", "oracle_labels", "seed"):
+    for key in (*_ROW, "seed"):
         if there.get(key) != here.get(key):
             found = f"the finished run in it has {key}={there.get(key)}, this one {here.get(key)}"
             fail(folder, found, "Choose another folder: out=FOLDER")
@@ -230,7 +233,7 @@ def require_alike(folders: Iterable[Path]) -> None:
     seeds: dict[tuple[Any, ...], Path] = {}
     for folder in folders:
         keys = stored(folder / CONFIG_FILE) | {"the digest of its data": _fingerprint(folder)}
-        row = tuple(keys.get(k) for k in ("data.name", "method", "variant", "oracle_labels"))
+        row = tuple(keys.get(k) for k in _ROW)
         other, theirs = first.setdefault(row, (folder, keys))
         difference = first_difference(theirs | {"seed": 0}, keys | {"seed": 0})
         if difference:

@@ -195,6 +195,15 @@ class Rows:
         return self.store.crops(self.first[rows], corners)
 
 
+def take(values: Any, rows: Any) -> Any:
+    """The given items, by numbers [N] or as a slice, of an array, of `Rows` (unread) or a list."""
+    if isinstance(values, Rows):
+        return values.take(rows)
+    if isinstance(values, np.ndarray) or isinstance(rows, slice):
+        return values[rows]
+    return [values[row] for row in rows]
+
+
 @dataclass(frozen=True)
 class Split:
     """Items of one role (training, database or query).
@@ -227,13 +236,9 @@ class Split:
 
     def take(self, rows: np.ndarray) -> Split:
         """The given items; what is not in memory is not read."""
-
-        def part(x: np.ndarray | Rows) -> np.ndarray | Rows:
-            return x.take(rows) if isinstance(x, Rows) else x[rows]
-
         of_texts = None if self.text_labels is None else self.text_labels[rows]
         rest = self.labels[rows], of_texts, None if self.pictures is None else self.pictures[rows]
-        return Split(self.ids[rows], part(self.image), part(self.text), *rest)
+        return Split(self.ids[rows], take(self.image, rows), take(self.text, rows), *rest)
 
     @property
     def bytes(self) -> int:

@@ -64,13 +64,13 @@ def read_pairs(path: Path, config: DataConfig) -> Pairs:
     class_names, listed = config.class_names, path / "classes.txt"
     if not class_names and listed.exists():
         class_names = [line.strip() for line in _lines(listed) if line.strip()]
+    class_names = [unicodedata.normalize("NFC", name) for name in class_names]
     where = "data.class_names" if config.class_names else listed
     if len(set(class_names)) < len(class_names):
         fail(where, "a name comes twice", "Names of classes must differ")
     if class_names and len(class_names) != labels.shape[1]:
         do = "Give one for each"
         fail(where, f"{len(class_names)} names for {labels.shape[1]} columns of label.mat", do)
-    class_names = [unicodedata.normalize("NFC", name) for name in class_names]
     files = [_image_file(path, config.image_root, name) for name in names]
     owners: dict[Path, str] = {}
     for number, (name, file) in enumerate(zip(names, files, strict=True), 1):

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     Raises VhablError naming the file and the row.
     """
     rows = list(_rows(path))
-    _note_unread(path, rows, config)
+    columns = _columns(rows)
+    _note_unread(path, columns, config)
+    config = replace(config, class_names=[normalize("NFC", name) for name in config.class_names])
     for key in ("image_column", "caption_column", "label_column"):
         column = getattr(config, key)
         if unlabelled and key == "label_column":
@@ -59,8 +62,7 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
     ):
         if count:
             note(f"{path}: {plural(count, 'row')} without a {what}: not trained on or evaluated")
-    names = [normalize("NFC", name) for name in config.class_names]
-    names = names or sorted({name for number in kept for name in labels[number]})
+    names = config.class_names or sorted({name for number in kept for name in labels[number]})
     _note_doubtful(path, names, config.separator)
     place = {name: i for i, name in enumerate(names)}
     matrix = np.zeros((len(kept), len(names)), np.uint8)
@@ -78,15 +80,18 @@ def read_table(path: Path, config: DataConfig, unlabelled: bool = False) -> Pair
         captions.append(first)
         further.append(others)
         files.append(images[number])
-    columns = {column for row in rows for column in row if column.strip().lower() == "split"}
-    roles = [_role(path, number, rows[number], columns) for number in kept] if columns else ()
+    splits = [column for column in columns if column.strip().lower() == "split"]
+    roles = [_role(path, number, rows[number], splits) for number in kept] if splits else ()
     no_text = frozenset(item for item, number in enumerate(kept) if not texts[number])
     return Pairs(ids, captions, further, files, matrix, names, roles, no_text)
 
 
-def _note_unread(path: Path, rows: Sequence[dict[str, Any]], config: DataConfig) -> None:
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _note_unread(path: Path, columns: Sequence[str], config: DataConfig) -> None:
     """Say which columns there are in place of one that is not there."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
     expected = [config.image_column, config.caption_column, config.label_column]
     absent = [name for name in expected if name not in columns]
     others = [name for name in columns if name not in (*expected, "split", "")]
@@ -115,7 +120,7 @@ def _note_doubtful(path: Path, names: Sequence[str], separator: str) -> None:
         note(f"{path}: is {listed!r} one class? data.separator is {separator!r}")
 
 
-def _role(path: Path, number: int, row: dict[str, Any], columns: set[str]) -> str:
+def _role(path: Path, number: int, row: dict[str, Any], columns: list[str]) -> str:
     role = ", ".join(str(row[column]) for column in columns if column in row).strip().lower()
     if role not in ("train", "query", "database"):
         bad_value(
@@ -134,9 +139,9 @@ def read_items(
     if not path.exists():
         fail(path, "no such file", "Give a .csv, .tsv, .jsonl or .parquet table")
     rows = list(_rows(path))
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = _columns(rows)
     known = ", ".join(columns) or "none"
-    _note_unread(path, rows, config)
+    _note_unread(path, columns, config)
     has = {c: c in columns for c in (config.image_column, config.caption_column)}
     for number, row in enumerate(rows):
         for column in (c for c, there in has.items() if there and c not in row):
@@ -329,7 +334,7 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
         named = [name for name in columns if name]
         if len(set(named)) < len(named) or (not named and reader.fieldnames is not None):
             found = f"its columns are {', '.join(named)[:120] or 'without names'}"
-            fail(f"{path}: line 1", found, "Give each a name of its own")
+            fail(f"{path}: line 1", found, "Give every column its own name")
         reader.fieldnames = columns
         rows = list(reader)
     except (csv.Error, IsADirectoryError) as error:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ from vhabl.search.engine import (
     read_meta,
 )
 from vhabl.search.where import parse
-from vhabl.types import Rows
+from vhabl.types import take
 
 
 @dataclass(frozen=True)
@@ -370,17 +369,11 @@ def _require_codes_of(
     """
     rows = np.unique(np.linspace(0, len(found.ids) - 1, 8).astype(int))
     bits = next(iter(signs.values())).shape[1]
-    again = model.encode(_some(found.images, rows), _some(found.texts, rows), bits)
+    again = model.encode(take(found.images, rows), take(found.texts, rows), bits)
     differ = float(np.mean([signs[view][rows] != some for view, some in again.items()]))
     if differ > 0.1:
         what = f"{differ:.0%} of the bits of {len(rows)} items are others when encoded again"
         fail(path, what, "Encode these data with this run")
-
-
-def _some(items: Any, rows: np.ndarray) -> Any:
-    if isinstance(items, Rows):
-        return items.take(rows)
-    return items[rows] if isinstance(items, np.ndarray) else [items[row] for row in rows]
 
 
 def _packed(signs: dict[str, np.ndarray]) -> Encoded:
