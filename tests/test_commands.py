@@ -413,8 +413,6 @@ def test_texts_in_another_order_are_refused_where_pairs_are_needed(
     code, _, err = command(train.main, *given)
     said = "data set wiki: image i and text i are not one item. VH-ABL needs pairs"
     assert code == 2 and one_message(err).endswith(said)
-    code, _, err = command(baselines.main, *given[3:6], "data.text_order=10")
-    assert code == 2 and "a row on both needs pairs" in one_message(err)
     code, _, err = command(train.main, *training(feature_file, "data.text_order=-2"))
     assert code == 2 and "data.text_order is -2, but must be -1, or a seed" in err
 

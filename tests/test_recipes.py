@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from helpers import (
     write_pair_folder,
 )
 
+from vhabl import baselines, runs, train
 from vhabl import codes as code_files
-from vhabl import runs, train
 from vhabl.config import CONFIG_DIR, build_method, load, recipes
 from vhabl.data import load as load_data
 from vhabl.errors import VhablError
@@ -117,6 +118,20 @@ def test_hq_as_published_trains_on_arrays_of_its_release(tmp_path: Path) -> None
             found.append((np.arange(1, len(ranks) + 1) / ranks).mean())
         assert values[task, "all"] == pytest.approx(np.mean(found))
         assert np.array_equal(saved[task].database_labels, judge)
+    # Its reference row is chance, whose average precision with R hits among N items is
+    # H / N + (R - 1) / (N - 1) (1 - H / N), where H = 1 + 1/2 + ... + 1/N.
+    given = ["data=mirflickr_hq", f"data.path={folder}", "data.class_names=[]", "bits=[8]"]
+    assert baselines.main([*given, "--quiet", "out=reference"]) == 0
+    reference = json.loads(Path("reference/metrics.json").read_text())
+    assert {(r["method"], r["task"]) for r in reference} == {("chance", "i2t"), ("chance", "t2i")}
+    for task, judge in (("i2t", data.database.text_labels), ("t2i", data.database.labels)):
+        n, first = len(judge), (1 / np.arange(1, len(judge) + 1)).mean()
+        hits = ((data.query.labels @ judge.T) > 0).sum(axis=1)
+        expected = np.where(hits > 0, first + (hits - 1) / (n - 1) * (1 - first), 0).mean()
+        asked = task, "mAP@all", "expected", "all"
+        (value,) = (r["value"] for r in reference
+                    if (r["task"], r["measure"], r["ties"], r["database"]) == asked)  # fmt: skip
+        assert value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)

@@ -213,8 +213,9 @@ def build_method(config: Config, spec: DataSpec, pretrained: bool = True) -> Has
     VhablError where it needs pairs that the data set has not.
     """
     kind = methods.get(config.method)
-    if kind.pairs:
-        spec.need_pairs(kind.title)
+    if kind.pairs and not spec.paired:
+        do = f"{kind.title} needs pairs"
+        fail(f"data set {spec.name}", "image i and text i are not one item", do)
     encoder = encoders.build(config.encoder, spec, kind.tokens, pretrained)
     method = kind(spec, config.bits, config.model, encoder)
     method.oracle_labels = config.oracle_labels

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vhabl.errors import fail
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -128,12 +126,6 @@ class DataSpec:
     class_names: Sequence[str] = ()
     vocabulary: Sequence[str] = ()
     paired: bool = True
-
-    def need_pairs(self, what: str) -> None:
-        """Raise VhablError where images and texts are not pairs; what: who needs them."""
-        if not self.paired:
-            do = f"{what} needs pairs"
-            fail(f"data set {self.name}", "image i and text i are not one item", do)
 
 
 class Store(Protocol):
