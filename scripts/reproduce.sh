@@ -7,7 +7,8 @@
 # is trained. key=value goes to training. SEEDS="0 1 2" trains several seeds, by default the recipes' own.
 # --demo takes the data set that is shipped with the project instead, and builds an index of it.
 # --protocol common trains our recipes on one split, so that their rows compare; own trains the
-# published recipes (configs/<method>_published.yaml), each on the split of its publication.
+# published recipes (configs/<method>_published.yaml), each on the split of its publication, where
+# it has one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,10 +45,10 @@ while [[ $# -gt 0 ]]; do
     shift
 done
 if [[ ${#recipes[@]} -eq 0 ]]; then
-    if [[ $data == emoji ]]; then
-        recipes=(nested_mlp hiamh vh_abl hq vh_abl_clip pghmh cmcl)
-    elif [[ $protocol == own ]]; then
+    if [[ $protocol == own ]]; then
         recipes=(hiamh_published vh_abl_published pghmh_published cmcl_published hq_published)
+    elif [[ $data == emoji ]]; then
+        recipes=(nested_mlp hiamh vh_abl hq vh_abl_clip pghmh cmcl)
     else
         recipes=(hiamh_clip vh_abl_clip pghmh cmcl hq_alexnet)
     fi

@@ -467,14 +467,21 @@ def test_pictures_are_cut_or_squeezed(tmp_path: Path) -> None:
     assert np.array_equal(to_pixels(narrow, 10, squeeze=False), cut.transpose(0, 2, 1))
 
 
-@pytest.mark.parametrize("size", [(40, 40), (61, 40), (40, 97), (375, 500), (20, 33)])
-def test_the_centre_is_that_of_the_whole_resized_picture(size: tuple[int, int]) -> None:
-    """But for rounding; where a filter overshoots, what is clipped depends on Pillow's order."""
+@pytest.mark.parametrize(
+    ("size", "resized", "corner"),
+    [((40, 40), (32, 32), (0, 0)), ((61, 40), (48, 32), (8, 0)), ((40, 97), (32, 77), (0, 22)),
+     ((375, 500), (32, 42), (0, 5)), ((20, 33), (32, 52), (0, 10))],
+)  # fmt: skip
+def test_the_centre_is_that_of_the_whole_resized_picture(
+    size: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    """As torchvision's Resize and CenterCrop cut it: the long side is rounded down, the corner to
+    the nearest even half. But for rounding of pixels: where a filter overshoots, what is clipped
+    depends on Pillow's order.
+    """
     noise = np.random.default_rng(0).integers(80, 176, (size[1], size[0], 3), dtype=np.uint8)
-    picture, scale = Image.fromarray(noise), 32 / min(size)
-    wide, high = round(size[0] * scale), round(size[1] * scale)
-    whole = np.asarray(picture.resize((wide, high), Image.Resampling.BICUBIC), np.int16)
-    left, top = (wide - 32) // 2, (high - 32) // 2
+    picture, (left, top) = Image.fromarray(noise), corner
+    whole = np.asarray(picture.resize(resized, Image.Resampling.BICUBIC), np.int16)
     centre = whole[top : top + 32, left : left + 32].transpose(2, 0, 1)
     assert np.abs(to_pixels(picture, 32, squeeze=False) - centre).max() <= 1
 
@@ -780,7 +787,7 @@ def test_crops_are_parts_of_the_resized_picture(
     file = tmp_path / "x.jpg"
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file)
     store = ImageFiles([file], 80, False, 0, crop=64).in_memory()
-    resized = (round(size[0] * 80 / min(size)), round(size[1] * 80 / min(size)))
+    resized = (size[0] * 80 // min(size), size[1] * 80 // min(size))
     whole = np.asarray(open_image(file).resize(resized, Image.Resampling.BICUBIC), int)
     corner = np.array([[JUST_BELOW_1, 0.5]])
     (found,) = store.crops(np.zeros(1, int), corner)

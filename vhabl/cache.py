@@ -30,7 +30,7 @@ from vhabl.files import atomic_path
 from vhabl.settings import EncoderConfig
 from vhabl.types import Dataset, Rows, Split, Store
 
-VERSION = 4  # of the file's layout and of how its content is computed
+VERSION = 5  # of the file's layout and of how its content is computed
 VIEWS = {"image": "images", "text": "captions"}  # and what a file says of their content
 
 

@@ -182,7 +182,7 @@ def to_pixels(image: Image.Image, side: int, squeeze: bool, box: Box | None = No
         image = image.resize((side, side), bicubic, (start_x, start_y, end_x, end_y))
     else:
         size = _resized(width, height, side)
-        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
         # Of the resized image only the centre is computed, from this box.
         x, y = width / size[0], height / size[1]
         first = (start_x + left * x, start_y + top * y)
@@ -193,9 +193,10 @@ def to_pixels(image: Image.Image, side: int, squeeze: bool, box: Box | None = No
 
 
 def _resized(width: float, height: float, side: int) -> tuple[int, int]:
-    """Width and height of a picture whose short side becomes `side`."""
-    scale = side / min(width, height)
-    return max(side, round(width * scale)), max(side, round(height * scale))
+    """Width and height of a picture whose short side becomes `side`, rounded as by torchvision."""
+    if width <= height:
+        return side, int(side * height / width)
+    return int(side * width / height), side
 
 
 def _array(image: Image.Image) -> np.ndarray:
