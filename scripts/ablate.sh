@@ -19,4 +19,4 @@ shift
 bash scripts/setup.sh
 source .venv/bin/activate
 read -ra seeds <<<"${SEEDS:-0 1 2}"
-exec python -m vhabl.ablation --config "configs/$method.yaml" "$@" --seeds "${seeds[@]}"
+exec python -m vhabl.studies.ablation --config "configs/$method.yaml" "$@" --seeds "${seeds[@]}"

@@ -32,21 +32,21 @@ from measuring import median_seconds, peak_mib
 from throughput import bench_encode, bench_train
 from torch import Tensor
 
-from vhabl import codebooks, losses
 from vhabl.codes import pack
 from vhabl.config import CONFIG_DIR
 from vhabl.config import load as load_config
 from vhabl.data import load as load_data
-from vhabl.files import PROJECT
 from vhabl.methods.base import HashingMethod
 from vhabl.metrics import HEADLINE, MEASURES, Kernel, evaluate
 from vhabl.metrics.counts import Packed
 from vhabl.metrics.evaluation import pick_kernel
+from vhabl.nn import losses, quantisation
 from vhabl.search import scan, store
-from vhabl.search.approximate import RECALL, SHARES, measure
 from vhabl.search.engine import Engine, Items, Query
+from vhabl.search.faiss_index import RECALL, SHARES, measure
 from vhabl.search.where import Filter, parse
-from vhabl.trainer import Trainer
+from vhabl.system.files import PROJECT
+from vhabl.training.trainer import Trainer
 from vhabl.types import Codes, Dataset, Inputs, Split
 
 
@@ -431,7 +431,7 @@ def bench_stages() -> list[dict[str, object]]:
             codes = {view: pack(rows_of.numpy() >= 0) for view, rows_of in x.items()}
             order, _ = scan.buckets(codes["image"])  # as the store has its items
             kept = {view: rows_of.numpy()[order] for view, rows_of in x.items()}
-            choices = {view: codebooks.assign(rows_of, centres) for view, rows_of in x.items()}
+            choices = {view: quantisation.assign(rows_of, centres) for view, rows_of in x.items()}
             blank = [""] * STAGED
             items = Items(
                 [str(n) for n in range(STAGED)], blank, blank, labels,
@@ -473,9 +473,9 @@ def stages(
         return made.scan(view, asked[some], bits, RANKED)[2]
 
     def quantised(some: slice) -> np.ndarray:
-        tables = codebooks.tables(query[some], centres)
+        tables = quantisation.tables(query[some], centres)
         return np.stack(
-            [codebooks.scores(table, choices).topk(RANKED).indices.numpy() for table in tables]
+            [quantisation.scores(table, choices).topk(RANKED).indices.numpy() for table in tables]
         )
 
     def two_stage(some: slice) -> np.ndarray:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vhabl import errors, runs
+from vhabl.system import errors
+from vhabl.training import run_folder
 
 ALONE = ("i2t", "t2i", "i2f", "t2f")
 
@@ -20,7 +21,7 @@ def score(folder: Path) -> float:
     oracle labels.
     """
     found = [
-        r for r in runs.read_records(folder / "metrics.json")
+        r for r in run_folder.read_records(folder / "metrics.json")
         if r.measure == "mAP@all" and r.ties == "expected" and r.database == "all"
         and r.task in ALONE and not r.oracle_labels
     ]  # fmt: skip

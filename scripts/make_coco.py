@@ -15,7 +15,7 @@ import makers
 import numpy as np
 from makers import Made
 
-from vhabl import errors
+from vhabl.system import errors
 
 YEARS = (2014, 2017)
 KINDS, PARTS = ("instances", "captions"), ("train", "val")

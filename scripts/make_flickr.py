@@ -15,7 +15,7 @@ import makers
 import numpy as np
 from makers import Made
 
-from vhabl import errors
+from vhabl.system import errors
 
 # The files *_r1.txt of the annotations are stricter versions of some of these labels.
 CLASSES = [

@@ -16,7 +16,7 @@ import makers
 import numpy as np
 from makers import Made
 
-from vhabl import errors
+from vhabl.system import errors
 
 CONCEPTS = 81
 PUBLISHED = {

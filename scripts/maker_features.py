@@ -22,15 +22,14 @@ from makers import Made
 from torch import Tensor
 from tqdm import tqdm
 
-from vhabl import cnn, openclip
 from vhabl.config import CONFIG_DIR, load_data_config
 from vhabl.data.images import ImageFiles, open_image, read
 from vhabl.data.pairs import draw, words
-from vhabl.encoders import ClipEncoder
-from vhabl.errors import fail, note, plural
-from vhabl.files import atomic_path, write_text
+from vhabl.encoders import ClipEncoder, cnn, open_clip
 from vhabl.settings import DataConfig, EncoderConfig
-from vhabl.trainer import pick_device
+from vhabl.system.errors import fail, note, plural
+from vhabl.system.files import atomic_path, write_text
+from vhabl.training.trainer import pick_device
 from vhabl.types import Inputs, Rows, Split
 
 FILE, WORDS = "features.mat", "words.txt"
@@ -225,14 +224,14 @@ class Clip:
 
     def prepare(self, made: Made, train: np.ndarray, config: DataConfig) -> None:
         captions = [first for first, *_ in made.captions]
-        self.tokens, too_long = openclip.tokenise(captions, self.config.words)
+        self.tokens, too_long = open_clip.tokenise(captions, self.config.words)
         self.workers = config.workers
         if too_long:
             note(f"{plural(too_long, 'caption')} longer than {self.config.words} tokens: cut")
 
     def pictures(self, files: list[Path]) -> ImageFiles:
         c = self.config
-        squeeze = openclip.squeezed(c.model, c.weights, c.squeeze)
+        squeeze = open_clip.squeezed(c.model, c.weights, c.squeeze)
         return ImageFiles(files, self.encoder.size, squeeze, self.workers)
 
     def image(self, pixels: Tensor) -> np.ndarray:

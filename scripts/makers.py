@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import scipy.io
 
-from vhabl.errors import fail, plural
+from vhabl.system.errors import fail, plural
 
 WRITTEN = {"caption.mat", "index.mat", "label.mat", "classes.txt", "words.txt"}
 MAT_HEADER = b"MATLAB 5.0 MAT-file, image-text pairs".ljust(116)

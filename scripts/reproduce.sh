@@ -70,7 +70,7 @@ for seed in ${SEEDS:-recipe}; do
     # Reference rows for each split that was used.
     for used in $(printf '%s\n' "${trained[@]}" | cut -d / -f 2 | sort -u); do
         if [[ -f configs/data/$used.yaml ]]; then
-            python -m vhabl.baselines --quiet "data=$used" "${seed_key[@]}" "${shared[@]}"
+            python -m vhabl.studies.baselines --quiet "data=$used" "${seed_key[@]}" "${shared[@]}"
             folders+=("checkpoint/$used/baselines/${seed/recipe/0}")
         fi
     done

@@ -14,10 +14,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from vhabl import errors, runs
 from vhabl.data.images import open_image
-from vhabl.files import atomic_path
 from vhabl.report.gallery import Gallery, Item
+from vhabl.system import errors
+from vhabl.system.files import atomic_path
+from vhabl.training import run_folder
 
 RIGHT, WRONG = "#009E73", "#D55E00"  # told apart by colour-blind readers, and by the mark
 
@@ -31,7 +32,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
 
-    ((run, data, codes),) = runs.encoded([runs.load(given.checkpoint)], [given.bits], [])
+    ((run, data, codes),) = run_folder.encoded(
+        [run_folder.load(given.checkpoint)], [given.bits], []
+    )
     if not run.config.data.has_files:
         do = "Give a run on image-text pairs"
         errors.fail(given.checkpoint, f"its data are of kind {run.config.data.kind}", do)

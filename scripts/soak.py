@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from vhabl.config import CONFIG_DIR
-from vhabl.files import PROJECT
+from vhabl.system.files import PROJECT
 
 WARM = 120.0  # seconds until which memory may grow: each of the server's threads keeps some
 GROWTH = 32.0  # MiB from then on: pictures come and go

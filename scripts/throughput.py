@@ -23,14 +23,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vhabl import losses
 from vhabl.config import CONFIG_DIR, Config, build_method
 from vhabl.config import load as load_config
 from vhabl.data.images import ImageFiles, read_pixels
-from vhabl.evaluator import batches_in_order, code_tasks
+from vhabl.evaluation.records import batches_in_order, code_tasks
 from vhabl.methods.base import HashingMethod
 from vhabl.metrics import HEADLINE, evaluate
-from vhabl.trainer import Trainer, pick_device
+from vhabl.nn import losses
+from vhabl.training.trainer import Trainer, pick_device
 from vhabl.types import Batch, Dataset, Inputs, Rows, Split
 
 Record = dict[str, object]

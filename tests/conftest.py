@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import TinyAlexNet, write_feature_file
 
-from vhabl import errors, openclip
+from vhabl.encoders import open_clip
+from vhabl.system import errors
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def feature_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few weights in place of AlexNet's 61 million."""
-    openclip.mend_torchvision()
+    open_clip.mend_torchvision()
     from torchvision import models
 
     monkeypatch.setattr(models, "get_model", lambda name, weights: TinyAlexNet())

@@ -47,14 +47,16 @@ from mutations import Mutate, any_bytes, mutation
 from PIL import Image
 from safetensors.torch import save_file
 
-from vhabl import cnn, codes, encode, errors, openclip, runs, train
+from vhabl import codes, encode, train
 from vhabl import eval as evaluation
-from vhabl.cache import _open as open_cache
+from vhabl.codes.shards import Part, Shard
 from vhabl.config import CONFIG_DIR, load
 from vhabl.data import __main__ as data_command
 from vhabl.data import load as load_data
 from vhabl.data.images import open_image, read_pixels, to_pixels
 from vhabl.data.table import read_items
+from vhabl.encoders import cnn, open_clip
+from vhabl.encoders.weights import read_state
 from vhabl.report import __main__ as report
 from vhabl.report.figures import training_curves
 from vhabl.search import __main__ as search
@@ -62,10 +64,11 @@ from vhabl.search.page import uploaded
 from vhabl.search.store import _checksum
 from vhabl.search.where import parse
 from vhabl.settings import DataConfig
-from vhabl.shards import Part, Shard
-from vhabl.trainer import Progress, Trainer
+from vhabl.system import errors
+from vhabl.training import run_folder
+from vhabl.training.feature_cache import _open as open_cache
+from vhabl.training.trainer import Progress, Trainer
 from vhabl.types import Codes
-from vhabl.weights import read_state
 
 SECONDS = 10  # of computing; other work on the machine may make them more
 MEMORY = 2**30
@@ -324,8 +327,8 @@ def make_towers(folder: Path) -> None:
 def towers(path: Path) -> None:
     recipe = str(CONFIG_DIR / "vh_abl_clip.yaml")
     load(recipe, ["data=emoji", f"encoder.model={path}"])
-    openclip.picture_size(str(path))
-    openclip.build_towers(str(path), "")
+    open_clip.picture_size(str(path))
+    open_clip.build_towers(str(path), "")
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -361,7 +364,7 @@ def records(path: Path) -> None:
 
 @reader(make_run, "run/history.json")
 def history(path: Path) -> None:
-    training_curves({"own": runs.read_history(path.parent)})
+    training_curves({"own": run_folder.read_history(path.parent)})
 
 
 def trainer() -> Trainer:
@@ -433,7 +436,7 @@ def make_clip_weights(folder: Path) -> None:
 
 @reader(make_clip_weights)
 def clip_weights(path: Path) -> None:
-    openclip.load_weights(TinyTowers(), "RN50", str(path))
+    open_clip.load_weights(TinyTowers(), "RN50", str(path))
 
 
 def make_cnn_weights(folder: Path) -> None:

@@ -25,7 +25,7 @@ from vhabl import encode, train
 from vhabl.config import CONFIG_DIR
 from vhabl.report import __main__ as report
 from vhabl.search import __main__ as search
-from vhabl.trainer import Trainer
+from vhabl.training.trainer import Trainer
 
 INPUTS = Path("inputs")
 DATE = 116  # bytes at the beginning of a MATLAB file, with the time when it was written

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from helpers import TinyAlexNet
 
-from vhabl import openclip, train
+from vhabl import train
 from vhabl.config import from_yaml, override
 from vhabl.data import load as load_data
-from vhabl.ranks import Ranks, joined
+from vhabl.encoders import open_clip
+from vhabl.system.distributed import Ranks, joined
 
 
 def train_all(folder: Path, here: Ranks) -> None:
@@ -36,7 +37,7 @@ def still_network(*_: object, **__: object) -> TinyAlexNet:
 
 
 if __name__ == "__main__":
-    openclip.mend_torchvision()
+    open_clip.mend_torchvision()
     from torchvision import models
 
     models.get_model = still_network

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from killing import EPOCHS, INPUTS, WORKS, content, counted_epochs, forked, prepare, trained
 
-from vhabl import errors
 from vhabl.search import __main__ as search
+from vhabl.system import errors
 
 DISK, BALLAST = Path("disk"), Path("disk/ballast")
 SAID = {"full": os.strerror(errno.ENOSPC), "read-only": os.strerror(errno.EROFS)}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from helpers import SMALL, small_config
 
-from vhabl import ablation
-from vhabl.ablation import Row, differences, table, variants
 from vhabl.config import CONFIG_DIR
-from vhabl.errors import VhablError
+from vhabl.studies import ablation
+from vhabl.studies.ablation import Row, differences, table, variants
+from vhabl.system.errors import VhablError
 
 
 def test_every_part_is_switched_off_once(feature_file: Path) -> None:

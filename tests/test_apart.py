@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vhabl import apart
-from vhabl.apart import Blocks, read_apart
-from vhabl.errors import VhablError, fail
+from vhabl.system import apart
+from vhabl.system.apart import Blocks, read_apart
+from vhabl.system.errors import VhablError, fail
 
 
 @pytest.fixture

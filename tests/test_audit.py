@@ -12,13 +12,13 @@ from helpers import SHARED, small_config
 
 from vhabl import audit, codes, train
 from vhabl.audit import audit_checkpoint, bit_errors, duplicates, labels_read_off
-from vhabl.baselines import Features, classifier_codes, itq, lsh
 from vhabl.config import CONFIG_DIR, build_method, load
 from vhabl.data import load as load_data
-from vhabl.errors import VhablError
-from vhabl.evaluator import code_tasks
+from vhabl.evaluation.records import code_tasks
 from vhabl.methods.vh_abl import VHABL
-from vhabl.trainer import Trainer
+from vhabl.studies.baselines import Features, classifier_codes, itq, lsh
+from vhabl.system.errors import VhablError
+from vhabl.training.trainer import Trainer
 from vhabl.types import Codes, Dataset, Inputs, Split
 
 PUBLISHED = SHARED / "flickrhashcode"

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from mat73 import write_mat73
 
 from vhabl import codes
-from vhabl.errors import VhablError
-from vhabl.files import Unwritable
+from vhabl.nn.quantisation import binarise
+from vhabl.system.errors import VhablError
+from vhabl.system.files import Unwritable
 from vhabl.types import Codes
 
 BITS = 13  # not a multiple of 8: the last byte of a packed code is padded
@@ -119,7 +120,7 @@ def test_labels_may_be_class_numbers_and_one_column_of_0_and_1_is_refused(tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_zero_of_either_sign_is_plus_one(dtype: torch.dtype) -> None:
     h = torch.tensor([[0.0, -0.0, 1e-7, -1e-7], [1.0, -1.0, torch.inf, -torch.inf]], dtype=dtype)
-    found = codes.binarise(h)
+    found = binarise(h)
     assert found.dtype == dtype
     assert found.tolist() == [[1, 1, 1, -1], [1, -1, 1, -1]]
 

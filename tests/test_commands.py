@@ -22,12 +22,15 @@ from helpers import SHARED, SMALL, small_config, write_feature_file
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vhabl import baselines, encode, errors, importance, runs, train
+from vhabl import encode, train
 from vhabl import eval as evaluation
 from vhabl.config import CONFIG_DIR, load, load_baselines, recipes
 from vhabl.data import load as load_data
 from vhabl.report import __main__ as report
 from vhabl.settings import DataConfig, EncoderConfig
+from vhabl.studies import baselines, importance
+from vhabl.system import errors
+from vhabl.training import run_folder as runs
 from vhabl.types import Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -562,8 +565,8 @@ def test_the_module_runs_as_a_program(feature_file: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "module",
-    ["train", "eval", "encode", "baselines", "audit", "ablation", "importance", "report.__main__",
-     "data.__main__", "search.__main__"],
+    ["train", "eval", "encode", "audit", "studies.baselines", "studies.ablation",
+     "studies.importance", "report.__main__", "data.__main__", "search.__main__"],
 )  # fmt: skip
 def test_every_argument_has_a_help(module: str, command, monkeypatch: pytest.MonkeyPatch) -> None:
     adding, without = argparse.ArgumentParser.add_argument, []

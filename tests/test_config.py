@@ -21,7 +21,7 @@ from vhabl.config import (
     recipes,
     to_yaml,
 )
-from vhabl.errors import VhablError
+from vhabl.system.errors import VhablError
 
 RECIPE = CONFIG_DIR / "vh_abl.yaml"
 

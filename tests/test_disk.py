@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vhabl.errors import VhablError
-from vhabl.files import atomic_path
-from vhabl.scalars import ScalarLog
+from vhabl.system.errors import VhablError
+from vhabl.system.files import atomic_path
+from vhabl.training.tensorboard import ScalarLog
 
 HERE = Path(__file__).parent
 STRIKES = int(os.environ.get("VHABL_STRIKES", "2"))  # of each work and kind

@@ -21,15 +21,16 @@ from helpers import (
 from PIL import Image
 
 import vhabl
-from vhabl import audit, codes, encode, runs, train
+from vhabl import audit, codes, encode, train
 from vhabl import eval as evaluation
 from vhabl.config import Config
 from vhabl.data import load as load_data
-from vhabl.errors import VhablError
-from vhabl.evaluator import code_tasks, with_one_modality
+from vhabl.evaluation.records import code_tasks, with_one_modality
 from vhabl.metrics import evaluate
 from vhabl.report.gallery import Gallery
 from vhabl.search import Index
+from vhabl.system.errors import VhablError
+from vhabl.training import run_folder
 
 
 @pytest.fixture
@@ -60,8 +61,8 @@ def test_raw_items_get_the_codes_of_an_evaluation(
     trained(config)
     data = load_data(config.data, config.encoder)
     found = with_one_modality(
-        runs.load(Path("run")).method, data,
-        code_tasks(runs.load(Path("run")).method, data, [8]),
+        run_folder.load(Path("run")).method, data,
+        code_tasks(run_folder.load(Path("run")).method, data, [8]),
     )[8]  # fmt: skip
     names = [folder / "images" / Path(str(i)).name for i in data.query.ids]
     captions = dict(
@@ -124,7 +125,7 @@ def test_a_model_of_pictures_in_arrays_encodes_files_and_arrays(
     data = load_data(config.data, config.encoder)
     model = vhabl.load("run")
     found = code_tasks(model.method, data, [8])[8]
-    ((_, _, again),) = runs.encoded([model.run], [8], [])
+    ((_, _, again),) = run_folder.encoded([model.run], [8], [])
     assert (again[8]["i2t"].query != found["i2t"].query).mean() < 0.02  # kept as float16
     pictures = [Image.fromarray(x) for x in picture_arrays()["test_image"]]
     for images in (pictures, data.query.image):
@@ -309,7 +310,7 @@ def test_what_is_made_with_oracle_labels_says_so(
     assert {r.task for r in rows} == {"fused", "i2f", "t2f"}
     names = sorted(path.name for path in Path("codes").iterdir())
     assert names[0] == "PGHMH (oracle labels)_16-emoji_bits.mat" and len(names) == 4
-    assert all(r.oracle_labels for r in runs.read_records(config.run_folder / "metrics.json"))
+    assert all(r.oracle_labels for r in run_folder.read_records(config.run_folder / "metrics.json"))
     assert audit.main(["--checkpoint", str(config.run_folder)]) == audit.LEAK
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "pghmh on emoji (oracle labels)" and said[-1] == "leak"
@@ -317,11 +318,11 @@ def test_what_is_made_with_oracle_labels_says_so(
         VhablError, match=r"its codes are made from true labels. Give a run without"
     ):
         vhabl.load(config.run_folder)
-    kept = runs.load(config.run_folder)
+    kept = run_folder.load(config.run_folder)
     with pytest.raises(VhablError, match=r"bits is 12.*a code length that"):
-        list(runs.encoded([kept], [12], []))
+        list(run_folder.encoded([kept], [12], []))
     assert kept.method.oracle_labels
-    ((_, _, found),) = runs.encoded([kept], [8], [])
+    ((_, _, found),) = run_folder.encoded([kept], [8], [])
     for written in list(Path("codes").iterdir()):  # the mark is in the file, whatever its name
         renamed = Path(shutil.copy(written, f"honest{written.suffix}"))
         assert all(r.oracle_labels for r in evaluation.evaluate_files([renamed], "headline"))

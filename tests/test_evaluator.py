@@ -10,10 +10,9 @@ import pytest
 import torch
 from helpers import small_config
 
-from vhabl import codebooks
 from vhabl.config import build_method
 from vhabl.data import load as load_data
-from vhabl.evaluator import (
+from vhabl.evaluation.records import (
     Record,
     batches_in_order,
     code_tasks,
@@ -27,7 +26,8 @@ from vhabl.evaluator import (
 )
 from vhabl.methods.vh_abl import VHABL
 from vhabl.metrics import evaluate, permutation_test
-from vhabl.trainer import Trainer
+from vhabl.nn import quantisation
+from vhabl.training.trainer import Trainer
 from vhabl.types import Codes, Dataset
 
 HEADLINE = ("mAP@all", "expected")
@@ -158,7 +158,8 @@ def test_real_valued_codes_leave_out_the_query_itself(
 ) -> None:
     """On features, which have no ties: a network without training gives many items one code."""
     monkeypatch.setattr(
-        "vhabl.evaluator.relaxed_codes", lambda _, split, __: {12: {"fused": split.image * 1.0}}
+        "vhabl.evaluation.records.relaxed_codes",
+        lambda _, split, __: {12: {"fused": split.image * 1.0}},
     )
     method, data = model
     inside = replace(data, query=data.database.take(np.arange(6)))
@@ -176,7 +177,7 @@ def test_real_valued_codes_leave_out_the_query_itself(
 
 def test_searches_by_dictionaries(feature_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each order written out, with a shortlist that is shorter than the database."""
-    monkeypatch.setattr("vhabl.evaluator.SHORTLIST", 7)
+    monkeypatch.setattr("vhabl.evaluation.records.SHORTLIST", 7)
     config = small_config(feature_file, "hq", "epochs=2", "validation.fraction=0", "out=run")
     data = load_data(config.data)
     method = Trainer(config, data, False).run()
@@ -194,8 +195,8 @@ def test_searches_by_dictionaries(feature_file: Path, monkeypatch: pytest.Monkey
     assert centres is not None
     for task, (mine, theirs) in (("i2t", ("image", "text")), ("t2i", ("text", "image"))):
         near = database[theirs]
-        coded = codebooks.assign(torch.from_numpy(near), centres)
-        rebuilt = codebooks.rebuild(coded, centres).numpy()
+        coded = quantisation.assign(torch.from_numpy(near), centres)
+        rebuilt = quantisation.rebuild(coded, centres).numpy()
         precision: dict[str, list[float]] = {"lossless": [], "quantised": [], "two-stage": []}
         for q, labels in zip(query[mine], data.query.labels, strict=True):
             distance = ((near >= 0) != (q >= 0)).sum(axis=1)
@@ -333,7 +334,7 @@ def test_the_validation_score_is_the_mean_over_lengths_and_tasks(
         for bits in (2, 16)
     }  # fmt: skip
     monkeypatch.setattr(
-        "vhabl.evaluator.code_tasks", lambda *given: {m: found[m] for m in given[2]}
+        "vhabl.evaluation.records.code_tasks", lambda *given: {m: found[m] for m in given[2]}
     )
     each = [evaluate(codes)[0].value for tasks in found.values() for codes in tasks.values()]
     assert len(set(each)) == 4

@@ -8,14 +8,23 @@ import numpy as np
 import pytest
 from helpers import small_config
 
-from vhabl import importance
 from vhabl.config import CONFIG_DIR
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
-from vhabl.errors import VhablError
-from vhabl.importance import Row, alone, by_variance, fused_codes, greedy, ranking, score, summary
 from vhabl.methods.base import HashingMethod
-from vhabl.trainer import Trainer
+from vhabl.studies import importance
+from vhabl.studies.importance import (
+    Row,
+    alone,
+    by_variance,
+    fused_codes,
+    greedy,
+    ranking,
+    score,
+    summary,
+)
+from vhabl.system.errors import VhablError
+from vhabl.training.trainer import Trainer
 from vhabl.types import Codes, Dataset
 
 
@@ -102,8 +111,8 @@ def test_the_greedy_choice_never_sees_a_test_query(
         variance_of.append(part)
         return by_variance(method, part)
 
-    monkeypatch.setattr("vhabl.importance.greedy", choose)
-    monkeypatch.setattr("vhabl.importance.by_variance", rank)
+    monkeypatch.setattr("vhabl.studies.importance.greedy", choose)
+    monkeypatch.setattr("vhabl.studies.importance.by_variance", rank)
     ranking(config, data, 0)
     assert np.array_equal(seen[0].query_labels, held_out.query.labels)
     assert np.array_equal(seen[0].database_labels, held_out.train.labels)
@@ -114,7 +123,7 @@ def test_a_ranking_scores_intervals_and_means_of_random_orders(
     feature_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in score: the sum of the columns."""
-    for module in ("importance", "evaluator"):
+    for module in ("studies.importance", "evaluation.records"):
         monkeypatch.setattr(
             f"vhabl.{module}.score", lambda _, columns: float(np.arange(32)[columns].sum())
         )

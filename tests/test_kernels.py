@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vhabl import metrics
-from vhabl.errors import VhablError
 from vhabl.metrics import MEASURES, curves, evaluate, kernel_numba, kernel_torch, reference
 from vhabl.metrics.counts import Packed, pack_words, unpack_words
 from vhabl.metrics.evaluation import pick_kernel
 from vhabl.metrics.measures import ALL
+from vhabl.system.errors import VhablError
 from vhabl.types import Codes
 
 KERNELS = [kernel_numba, kernel_torch]

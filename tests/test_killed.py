@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vhabl.files import beside, write_json
+from vhabl.system.files import beside, write_json
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("VHABL_KILLS", "3"))  # of each work

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vhabl import losses
+from vhabl.nn import losses
 
 Rows = list[list[float]]
 

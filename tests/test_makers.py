@@ -24,15 +24,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from vhabl import cnn, openclip
 from vhabl.config import CONFIG_DIR, load_data_config
 from vhabl.data.features import load_features
 from vhabl.data.images import open_image, read_pixels
+from vhabl.data.matlab import read_mat
 from vhabl.data.pairs import Pairs, read_pairs
-from vhabl.encoders import ClipEncoder
-from vhabl.errors import VhablError
-from vhabl.matfile import read_mat
+from vhabl.encoders import ClipEncoder, cnn, open_clip
 from vhabl.settings import DataConfig, EncoderConfig
+from vhabl.system.errors import VhablError
 from vhabl.types import Inputs, Split
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -896,7 +895,7 @@ def towers() -> list[str]:
     text = {**TINY_TOWERS["text_cfg"], "context_length": 32}  # type: ignore[dict-item]
     Path("towers.json").write_text(json.dumps({**TINY_TOWERS, "text_cfg": text}), encoding="utf-8")
     torch.manual_seed(3)
-    torch.save(openclip.build_towers("towers.json", "").state_dict(), "towers.pt")
+    torch.save(open_clip.build_towers("towers.json", "").state_dict(), "towers.pt")
     return ["--features", "clip", "--model", "towers.json", "--weights", "towers.pt"]
 
 
@@ -917,7 +916,7 @@ class TinyNet(nn.Sequential):
 @pytest.fixture
 def net(monkeypatch: pytest.MonkeyPatch) -> TinyNet:
     result = TinyNet()
-    openclip.mend_torchvision()
+    open_clip.mend_torchvision()
     monkeypatch.setattr(cnn, "build_network", lambda name, weights, option: result)
     return result
 
@@ -935,7 +934,7 @@ def drawn(items: int, query: int = 4, train: int = 8) -> list[np.ndarray]:
 
 def by_torchvision(files: list[Path], network: nn.Module) -> torch.Tensor:
     """What a network gives for images as torchvision itself prepares them."""
-    openclip.mend_torchvision()
+    open_clip.mend_torchvision()
     from torchvision import models
 
     prepare = models.VGG16_Weights.IMAGENET1K_V1.transforms()
@@ -950,7 +949,7 @@ def assert_clip(out: Path, query: int, train: int) -> None:
     )
     encoder, pairs = ClipEncoder(config, tokens=True).eval(), read_back(out)
     pixels = np.stack([read_pixels(file, 32, False) for file in pairs.files])
-    tokens, _ = openclip.tokenise(pairs.captions, 32)
+    tokens, _ = open_clip.tokenise(pairs.captions, 32)
     with torch.no_grad():
         found = encoder(Inputs(torch.from_numpy(pixels), torch.from_numpy(tokens)))
     assert found.image is not None and found.text is not None
@@ -1284,7 +1283,7 @@ def test_features_of_cnn_name_the_weights_to_bring(
 
 @pytest.mark.slow
 def test_features_of_alexnet_are_its_second_connected_layer(tmp_path: Path) -> None:
-    openclip.mend_torchvision()
+    open_clip.mend_torchvision()
     from torchvision import models
 
     picture_source(tmp_path / "download")

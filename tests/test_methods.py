@@ -12,20 +12,21 @@ import pytest
 import torch
 from helpers import pair_config, small_config, write_pair_folder
 
-from vhabl import codebooks, methods
+from vhabl import methods
 from vhabl.config import build_method
 from vhabl.data import load as load_data
-from vhabl.errors import VhablError
-from vhabl.evaluator import batches_in_order
-from vhabl.layers import Dropout, FusedHashNet, FusedNetSettings, PrototypeAttention, StandIn
-from vhabl.losses import TARGETS, classification, info_nce, similarity, weighted_similarity
+from vhabl.evaluation.records import batches_in_order
 from vhabl.methods.base import mean_terms
 from vhabl.methods.cmcl import CMCL
 from vhabl.methods.hiamh import HIAMH
 from vhabl.methods.hq import HQ
 from vhabl.methods.pghmh import PGHMH, TEMPLATES, ResponseNorm
 from vhabl.methods.vh_abl import VHABL
-from vhabl.trainer import Trainer
+from vhabl.nn import quantisation
+from vhabl.nn.layers import Dropout, FusedHashNet, FusedNetSettings, PrototypeAttention, StandIn
+from vhabl.nn.losses import TARGETS, classification, info_nce, similarity, weighted_similarity
+from vhabl.system.errors import VhablError
+from vhabl.training.trainer import Trainer
 from vhabl.types import Batch, Dataset, Embeddings, Inputs
 
 CPU = torch.device("cpu")
@@ -855,16 +856,18 @@ def test_dictionaries_of_hq_serve_images_and_texts(
     x = torch.cat([views["image"], views["text"]])
     codes = method.get_buffer("codes_16")
     assert method.begun == 1 and torch.equal(method.get_buffer("seen_16"), x)
-    assert torch.equal(codes, codebooks.assign(x, method.codebook(16), codes))
+    assert torch.equal(codes, quantisation.assign(x, method.codebook(16), codes))
     before = method.codebook(16).clone()
     for parameter in method.features.parameters():
         parameter.mul_(2)
-    monkeypatch.setattr(codebooks, "begin", None)  # they go on from what they are
+    monkeypatch.setattr(quantisation, "begin", None)  # they go on from what they are
     method.calibrate(batches_in_order(method, data.train))
     after = method.codebook(16)
 
     def error(centres: torch.Tensor) -> float:
-        return float((2 * x - codebooks.rebuild(codebooks.assign(2 * x, centres), centres)).norm())
+        return float(
+            (2 * x - quantisation.rebuild(quantisation.assign(2 * x, centres), centres)).norm()
+        )
 
     assert error(after) < 0.9 * error(before) and error(after) < float((2 * x).norm())
 

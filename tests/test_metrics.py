@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vhabl import codes as code_files
-from vhabl.errors import VhablError
 from vhabl.metrics import (
     HEADLINE,
     MEASURES,
@@ -50,6 +49,7 @@ from vhabl.metrics.measures import (
     recall_at,
     recall_within,
 )
+from vhabl.system.errors import VhablError
 from vhabl.types import Codes
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickrhashcode"

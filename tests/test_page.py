@@ -23,11 +23,12 @@ from helpers import COLOURS, pair_config, write_pair_folder
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from vhabl import errors, train
+from vhabl import train
 from vhabl.codes import pack
 from vhabl.data import load as load_data
-from vhabl.errors import VhablError
 from vhabl.search import Index, __main__, page
+from vhabl.system import errors
+from vhabl.system.errors import VhablError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

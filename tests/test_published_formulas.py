@@ -18,12 +18,13 @@ import pytest
 import torch
 from helpers import COLOURS, TINY_TOWERS, picture_arrays, write_arrays, write_pair_folder
 
-from vhabl import codebooks, trainer
 from vhabl.config import CONFIG_DIR, Config, build_method, load
 from vhabl.data import load as load_data
-from vhabl.layers import Dropout
 from vhabl.methods.base import HashingMethod
-from vhabl.optim import build_optimizer, clip_gradients, set_rate
+from vhabl.nn import quantisation
+from vhabl.nn.layers import Dropout
+from vhabl.training import trainer
+from vhabl.training.optim import build_optimizer, clip_gradients, set_rate
 from vhabl.types import Batch, Embeddings, Inputs
 
 Array = np.ndarray
@@ -895,18 +896,18 @@ def test_codes_and_centres_of_two_dictionaries() -> None:
     x, centres = rng.normal(size=(30, 4)), rng.normal(size=(2, 3, 4))
     begun = rng.integers(3, size=(30, 2))
     codes = begun.copy()
-    for _ in range(codebooks.SWEEPS):
+    for _ in range(quantisation.SWEEPS):
         for m in (0, 1):  # the best centre of one, that of the other held
             for i, row in enumerate(x):
                 rest = row - centres[1 - m][codes[i, 1 - m]]
                 codes[i, m] = min(range(3), key=lambda j: sum((rest - centres[m][j]) ** 2))
-    found = codebooks.assign(*(torch.from_numpy(part) for part in (x, centres, begun)))
+    found = quantisation.assign(*(torch.from_numpy(part) for part in (x, centres, begun)))
     assert np.array_equal(found.numpy(), codes) and not np.array_equal(codes, begun)
     h = np.zeros((30, 6))
     for i, (first, second) in enumerate(codes):
         h[i, first] = h[i, 3 + second] = 1
     expected = np.linalg.inv(h.T @ h + 0.001 * np.eye(6)) @ h.T @ x
-    solved = codebooks.solve(torch.from_numpy(x), torch.from_numpy(codes), 3)
+    solved = quantisation.solve(torch.from_numpy(x), torch.from_numpy(codes), 3)
     np.testing.assert_allclose(solved.numpy().reshape(6, 4), expected, rtol=1e-7)
 
 

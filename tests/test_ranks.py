@@ -29,12 +29,14 @@ from helpers import (
 from sharing import still_network, train_all
 from torch import nn
 
-from vhabl import openclip, runs, train
+from vhabl import train
 from vhabl.config import CONFIG_DIR, Config, to_yaml
 from vhabl.data import load as load_data
-from vhabl.evaluator import NOT_BINARY, relaxed_codes
-from vhabl.ranks import ALONE, GlobalBatchNorm, Ranks
-from vhabl.trainer import Trainer
+from vhabl.encoders import open_clip
+from vhabl.evaluation.records import NOT_BINARY, relaxed_codes
+from vhabl.system.distributed import ALONE, GlobalBatchNorm, Ranks
+from vhabl.training import run_folder
+from vhabl.training.trainer import Trainer
 
 STILL = ["model.net.dropout=0", "model.net.modality_dropout=0"]
 
@@ -120,7 +122,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert code == 0, err
     kept = folder / "cache" / "emoji-towers-frozen-hidden.h5"
     kept.rename(folder / "kept-2.h5")
-    openclip.mend_torchvision()
+    open_clip.mend_torchvision()
     from torchvision import models
 
     with pytest.MonkeyPatch.context() as patch:
@@ -167,9 +169,9 @@ def test_two_processes_have_the_codes_of_one(both: Path, name: str) -> None:
 def test_two_processes_have_the_relaxed_codes_of_one(
     both: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openclip.mend_torchvision()
+    open_clip.mend_torchvision()
     monkeypatch.setattr("torchvision.models.get_model", still_network)
-    one, two = (runs.load(both / f"{name}-{n}") for n in (1, 2))
+    one, two = (run_folder.load(both / f"{name}-{n}") for n in (1, 2))
     data = load_data(one.config.data, one.config.encoder)
     lengths = one.config.bits
     found = [relaxed_codes(run.method, data.query, lengths) for run in (one, two)]
@@ -228,7 +230,9 @@ import atexit
 import os
 import time
 import torch.distributed
-from vhabl import errors, train, trainer
+from vhabl import train
+from vhabl.system import errors
+from vhabl.training import trainer
 from vhabl.data import images
 
 real = trainer.Trainer._train_phase

@@ -31,6 +31,7 @@ from vhabl.data import __main__ as data_command
 from vhabl.data import collection, load, validation_split, without
 from vhabl.data.features import load_features
 from vhabl.data.images import ImageFiles, open_image, read, read_pixels, read_whole, to_pixels
+from vhabl.data.matlab import is_hdf5, read_mat
 from vhabl.data.pairs import (
     Pairs,
     describe_images,
@@ -41,9 +42,8 @@ from vhabl.data.pairs import (
     words,
 )
 from vhabl.data.table import read_items, read_table
-from vhabl.errors import VhablError
-from vhabl.matfile import is_hdf5, read_mat
 from vhabl.settings import DataConfig, EncoderConfig
+from vhabl.system.errors import VhablError
 from vhabl.types import Rows, Split
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from helpers import write_pair_folder
 
 from vhabl.config import CONFIG_DIR, Config, build_method, load
 from vhabl.data import load as load_data
-from vhabl.optim import build_optimizer
+from vhabl.training.optim import build_optimizer
 from vhabl.types import Batch, DataSpec, Inputs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))

@@ -18,13 +18,15 @@ from helpers import (
     write_pair_folder,
 )
 
-from vhabl import baselines, runs, train
 from vhabl import codes as code_files
+from vhabl import train
 from vhabl.config import CONFIG_DIR, build_method, load, recipes
 from vhabl.data import load as load_data
-from vhabl.errors import VhablError
-from vhabl.evaluator import code_tasks
+from vhabl.evaluation.records import code_tasks
 from vhabl.methods.base import HashingMethod
+from vhabl.studies import baselines
+from vhabl.system.errors import VhablError
+from vhabl.training import run_folder
 from vhabl.types import Batch, Dataset
 
 RECIPES = recipes()
@@ -62,7 +64,7 @@ def test_a_recipe_runs_whole(recipe: Path, tmp_path: Path) -> None:
     rows = train.train(config, data, progress_bar=False)
     assert {r.bits for r in rows} == set(config.bits)
     assert all(0 <= r.value <= 1 for r in rows if "mAP" in r.measure)
-    run = runs.load(Path("run"))
+    run = run_folder.load(Path("run"))
     found = code_tasks(run.method, data, config.bits)
     longest = found[max(config.bits)]
     for bits, tasks in found.items():
@@ -99,7 +101,7 @@ def test_hq_as_published_trains_on_arrays_of_its_release(tmp_path: Path) -> None
     assert config.data.name == "mirflickr_hq" and config.data.text_order == -1
     data = load_data(config.data, config.encoder)
     rows = train.train(config, data, progress_bar=False)
-    run = runs.load(Path("run"))
+    run = run_folder.load(Path("run"))
     assert not run.method.spec.paired and run.fingerprint == data.fingerprint
     views = [run.method.encode(s.inputs(), 16) for s in (data.query, data.database)]
     asked = "HQ (published)", "mAP@all", 16, "index"

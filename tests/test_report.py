@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 from helpers import write_feature_file
 
-from vhabl import published
 from vhabl.config import CONFIG_DIR, load
 from vhabl.data import load as load_data
-from vhabl.errors import VhablError
-from vhabl.evaluator import CLASSIFIER, Record, measure
-from vhabl.published import Published
-from vhabl.report import Table, figures, page
+from vhabl.evaluation.records import CLASSIFIER, Record, measure
+from vhabl.report import Table, figures, page, published
 from vhabl.report.gallery import Gallery, sample_of_queries
 from vhabl.report.plots import Line, Panel, category_panel, plot
+from vhabl.report.published import Published
+from vhabl.system.errors import VhablError
 from vhabl.types import Codes
 
 
@@ -390,6 +389,6 @@ def test_the_run_that_is_looked_at_has_the_lowest_seed(monkeypatch: pytest.Monke
         method, seed = folder.parts
         return SimpleNamespace(config=SimpleNamespace(title=method, seed=int(seed)), folder=folder)
 
-    monkeypatch.setattr("vhabl.runs.load", load_run)
+    monkeypatch.setattr("vhabl.training.run_folder.load", load_run)
     folders = [Path("a/10"), Path("a/2"), Path("b/7")]
     assert [run.folder for run in page.first_runs(folders)] == [Path("a/2"), Path("b/7")]

@@ -14,17 +14,19 @@ import pytest
 import torch
 from helpers import COLOURS, pair_config, write_feature_file, write_pair_folder
 
-from vhabl import codebooks, encode, errors, train
+from vhabl import encode, train
 from vhabl.codes import pack
 from vhabl.config import CONFIG_DIR, load
 from vhabl.data import items as read_items
 from vhabl.data import load as load_data
 from vhabl.data.pairs import Pairs
-from vhabl.errors import VhablError
-from vhabl.files import alone
 from vhabl.metrics import integer_weights
-from vhabl.search import Index, __main__, approximate, engine, milvus, scan, store
+from vhabl.nn import quantisation
+from vhabl.search import Index, __main__, engine, faiss_index, milvus, scan, store, tuning
 from vhabl.search.where import parse
+from vhabl.system import errors
+from vhabl.system.errors import VhablError
+from vhabl.system.files import alone
 
 
 def signs(count: int, bits: int, seed: int) -> np.ndarray:
@@ -568,10 +570,10 @@ def test_a_scan_by_prefix_compares_as_much_as_it_must(folder: Path) -> None:
     about = {"views": ["fused"], "bits": 64, "class_names": []}
     every = engine.Items([str(n) for n in range(4000)], [""] * 4000, [""] * 4000,
                         np.zeros((4000, 0), np.uint8))  # fmt: skip
-    made = store.create(folder / "i", about, {"fused": pack(codes)}, every, approximate.measure)
+    made = store.create(folder / "i", about, {"fused": pack(codes)}, every, tuning.measure)
     chosen = made.meta["recall"]["fused"]["prefix"]
     assert chosen["setting"] < 0.5 and chosen["recall"] >= 0.99
-    smaller = approximate.SHARES[approximate.SHARES.index(chosen["setting"]) - 1]
+    smaller = tuning.SHARES[tuning.SHARES.index(chosen["setting"]) - 1]
     sample = pack(codes[rng.choice(4000, 300, False)])
     exact = made.scan("fused", sample, 64, 100)[0][:, -1:]
     reached = [(made.scan("fused", sample, 64, 100, "prefix", share)[0] <= exact).mean()
@@ -693,7 +695,7 @@ def test_a_graph_finds_nearly_all(clusters: np.ndarray, tmp_path: Path, mode: en
     about = {"views": ["fused"], "bits": 64, "class_names": ["rare"]}
     whole = {"fused": pack(clusters)}
     made = store.create(
-        tmp_path / "i", about, whole, numbered(4000), approximate.measure, [mode]
+        tmp_path / "i", about, whole, numbered(4000), tuning.measure, [mode]
     )  # fmt: skip
     assert made.modes == ("exact", "prefix", mode)
     said = made.meta["recall"]["fused"][mode]
@@ -721,20 +723,20 @@ def test_a_graph_finds_nearly_all(clusters: np.ndarray, tmp_path: Path, mode: en
     graph = made.segments[0].graph("fused", mode)
     exact = made.scan("fused", pack(query), 64, 50)[0]
     assert np.array_equal(
-        approximate.nearest(graph, pack(query), 50, whole_setting, None)[0], exact
+        faiss_index.nearest(graph, pack(query), 50, whole_setting, None)[0], exact
     )
-    few = approximate.nearest(graph, pack(signs(200, 64, 3)), 50, 0.0, None)[0]
+    few = faiss_index.nearest(graph, pack(signs(200, 64, 3)), 50, 0.0, None)[0]
     assert not np.array_equal(few, made.scan("fused", pack(signs(200, 64, 3)), 64, 50)[0])
     # a rare label: what the graph met lacks most of it, and the exact scan answers
     assert len(found(made, 60, "label = 'rare'")[0]) == 60
-    some = approximate.nearest(graph, pack(query), 9, whole_setting, np.arange(4000) % 50 == 0)[1]
+    some = faiss_index.nearest(graph, pack(query), 9, whole_setting, np.arange(4000) % 50 == 0)[1]
     assert (some[some >= 0] % 50 == 0).all() and (some >= 0).any() and some.shape == (5, 9)
     changed = made.add({"fused": pack(clusters[:300])}, numbered(300, 4000))
     changed = changed.delete([str(n) for n in range(0, 4000, 2)])
     rows = found(store.Store(changed.folder), 30)
     assert len(rows[0]) == 30
     few = store.create(
-        tmp_path / "few", about, {"fused": pack(clusters[:3])}, numbered(3), approximate.measure,
+        tmp_path / "few", about, {"fused": pack(clusters[:3])}, numbered(3), tuning.measure,
         [mode],
     )  # fmt: skip
     assert len(few.find(engine.Query("fused", pack(query), 64, 9, mode))[0]) == 3
@@ -746,9 +748,9 @@ def test_modes_are_measured_by_the_queries_that_come(clusters: np.ndarray, tmp_p
     other = {"image": pack(clusters), "text": pack(signs(4000, 64, 9))}
     bare = numbered(4000)
     bare = engine.Items(bare.ids, bare.captions, bare.images, bare.labels[:, :0])
-    made = store.create(tmp_path / "i", about, other, bare, approximate.measure)
+    made = store.create(tmp_path / "i", about, other, bare, tuning.measure)
     alone = store.create(tmp_path / "j", about | {"views": ["image"]}, {"image": other["image"]},
-                         bare, approximate.measure)  # fmt: skip
+                         bare, tuning.measure)  # fmt: skip
     shares = [m.meta["recall"]["image"]["prefix"]["setting"] for m in (made, alone)]
     assert shares[0] > 4 * shares[1]
 
@@ -756,7 +758,7 @@ def test_modes_are_measured_by_the_queries_that_come(clusters: np.ndarray, tmp_p
 def test_a_description_without_a_mode_offers_none(clusters: np.ndarray, tmp_path: Path) -> None:
     about = {"views": ["fused"], "bits": 64, "class_names": ["rare"]}
     made = store.create(tmp_path / "i", about, {"fused": pack(clusters)}, numbered(4000),
-                        approximate.measure, ["ivf"])  # fmt: skip
+                        tuning.measure, ["ivf"])  # fmt: skip
     assert made.modes == ("exact", "prefix", "ivf")
     file = tmp_path / "i" / "index.json"
     whole = json.loads(file.read_text())
@@ -799,7 +801,7 @@ def test_the_centres_of_an_index_are_verified(folder: Path) -> None:
 def test_a_changed_graph_is_found_out(clusters: np.ndarray, tmp_path: Path) -> None:
     about = {"views": ["fused"], "bits": 64, "class_names": ["rare"]}
     store.create(tmp_path / "i", about, {"fused": pack(clusters)}, numbered(4000),
-                 approximate.measure, ["ivf"])  # fmt: skip
+                 tuning.measure, ["ivf"])  # fmt: skip
     path = tmp_path / "i" / "segment-0000" / "ivf_fused.faiss"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     opened = store.Store(tmp_path / "i")
@@ -820,8 +822,8 @@ def test_the_second_stage_ranks_by_the_centres(folder: Path) -> None:
     asked = index.model.features(texts=["a red picture"], bits=16)["text"]
     centres = index.model.method.codebook(16)
     assert centres is not None
-    choices = codebooks.assign(torch.from_numpy(features), centres)
-    scores = (codebooks.rebuild(choices, centres).numpy() @ asked[0]).tolist()
+    choices = quantisation.assign(torch.from_numpy(features), centres)
+    scores = (quantisation.rebuild(choices, centres).numpy() @ asked[0]).tolist()
     distance = (codes != np.where(asked >= 0, 1, -1)).sum(axis=1).tolist()
     hits = index.search(text="a red picture", top=60, mode="two-stage")
     place = {identity: n for n, identity in enumerate(pairs.ids)}
@@ -868,7 +870,7 @@ def staged(folder: Path, codes: np.ndarray) -> tuple[store.Store, np.ndarray]:
     about = {"views": ["fused"], "bits": 64, "class_names": ["rare"]}
     made = store.create(
         folder, about, {"fused": pack(codes)}, items,
-        partial(approximate.measure, features={"fused": features[order]}), centres=centres,
+        partial(tuning.measure, features={"fused": features[order]}), centres=centres,
     )  # fmt: skip
     return made, features
 
@@ -889,7 +891,7 @@ def test_a_second_stage_compares_what_it_must(tmp_path: Path) -> None:
         return float((np.take_along_axis(scores, hits, axis=1) >= last).mean())
 
     assert said["recall"] == recall(said["setting"]) >= recall(1.0) - 0.01
-    smaller = approximate.SHARES[: approximate.SHARES.index(said["setting"])]
+    smaller = tuning.SHARES[: tuning.SHARES.index(said["setting"])]
     assert smaller and all(recall(setting) < recall(1.0) - 0.01 for setting in smaller)
     assert recall(smaller[0]) < said["recall"] < 1
 

@@ -21,13 +21,16 @@ from helpers import (
     write_pair_folder,
 )
 
-from vhabl import encode, ranks, runs, shards, train
+from vhabl import encode, train
+from vhabl.codes import shards
+from vhabl.codes.shards import Part, Shard
 from vhabl.config import override
 from vhabl.data import collection
 from vhabl.data import load as load_data
-from vhabl.errors import VhablError, note
-from vhabl.ranks import Ranks
-from vhabl.shards import Part, Shard
+from vhabl.system import distributed
+from vhabl.system.distributed import Ranks
+from vhabl.system.errors import VhablError, note
+from vhabl.training import run_folder
 
 BRIEF = ["out=run", "epochs=1", "validation.fraction=0", "data.workers=0", "encoder.cache=none"]
 
@@ -139,7 +142,7 @@ class InTurn(Ranks):
 
 @contextmanager
 def muted(here: Ranks) -> Iterator[Ranks]:
-    with ranks._muted(here.rank > 0):
+    with distributed._muted(here.rank > 0):
         yield here
 
 
@@ -151,7 +154,7 @@ def run(size: int, *arguments: object, only: int | None = None) -> list[int]:
         note.cache_clear()  # each rank is a process
         here = InTurn(rank, size, rank, said) if size > 1 else Ranks()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranks, "joined", lambda here=here: muted(here))
+            patch.setattr(distributed, "joined", lambda here=here: muted(here))
             try:
                 codes.append(encode.main([*map(str, arguments), "--quiet", "--device", "cpu"]))
             except SystemExit as left:
@@ -245,15 +248,15 @@ def test_shards_that_are_whole_and_right_are_kept(
     table = (pairs / "t.csv").read_text()
     (pairs / "t.csv").write_text(table.replace('59.png,"', '59.png,"blue '))
     again([2, 3], [14, 18], 4, "--image-root", "images")
-    load = runs.load
+    load = run_folder.load
     for change in (
         lambda found: replace(found, digest="of other weights"),
         lambda found: replace(found, config=override(found.config, ["encoder.squeeze=true"])),
     ):
         run(4, *asked, only=3)
-        monkeypatch.setattr(runs, "load", lambda path, change=change: change(load(path)))
+        monkeypatch.setattr(run_folder, "load", lambda path, change=change: change(load(path)))
         again([], [14, 14, 14, 18], 4, "--image-root", "images")
-        monkeypatch.setattr(runs, "load", load)
+        monkeypatch.setattr(run_folder, "load", load)
 
 
 def test_what_fails_on_any_rank_is_said_once_by_rank_0(
@@ -331,11 +334,11 @@ def test_a_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_torchrun_makes_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    with ranks.joined() as here:
+    with distributed.joined() as here:
         assert here == Ranks()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with ranks.joined() as here:
+    with distributed.joined() as here:
         assert here == Ranks()
 
 
@@ -343,7 +346,7 @@ def test_a_rank_that_died_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> No
     def closed(*_: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(ranks.dist, "all_gather_object", closed)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", closed)
     for rank in (0, 1):
         with pytest.raises(VhablError, match=r"processes.*one.*died or cannot be"):
             Ranks(rank, 3, rank).everywhere(lambda: 1)
@@ -354,7 +357,8 @@ def test_a_rank_that_died_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> No
 DYING = """
 import os, signal, time
 from pathlib import Path
-from vhabl import encode, errors
+from vhabl import encode
+from vhabl.system import errors
 
 real = encode.Model._encode
 

@@ -11,10 +11,10 @@ import torch
 from helpers import pair_config, small_config, write_pair_folder
 from torch import Tensor, nn
 
-from vhabl import losses
 from vhabl.data import load as load_data
-from vhabl.layers import Dropout
-from vhabl.trainer import Trainer
+from vhabl.nn import losses
+from vhabl.nn.layers import Dropout
+from vhabl.training.trainer import Trainer
 from vhabl.types import Batch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -126,18 +126,18 @@ def test_small_data_stays_on_the_device(
     feature_file: Path, pair_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = trainer("vh_abl", feature_file, pair_folder)
-    monkeypatch.setattr("vhabl.trainer.RESIDENT", begun.data.train.bytes)
+    monkeypatch.setattr("vhabl.training.trainer.RESIDENT", begun.data.train.bytes)
     begun._begin_phase()
     assert begun.resident is not None
     batches = list(torch.randperm(60, generator=torch.Generator().manual_seed(0)).split(16))
     with monkeypatch.context() as patch:
-        patch.setattr("vhabl.trainer.read", None)  # nothing is read any more
+        patch.setattr("vhabl.training.trainer.read", None)  # nothing is read any more
         kept = list(begun._inputs(batches))
     assert [rows.tolist() for rows, _ in kept] == [rows.tolist() for rows in batches]
     for rows, inputs in kept:
         there = begun.train.inputs(rows.numpy())
         assert torch.equal(inputs.image, there.image) and torch.equal(inputs.text, there.text)
-    monkeypatch.setattr("vhabl.trainer.RESIDENT", begun.train.bytes - 1)
+    monkeypatch.setattr("vhabl.training.trainer.RESIDENT", begun.train.bytes - 1)
     begun._begin_phase()
     assert begun.resident is None
 
@@ -149,7 +149,7 @@ def test_the_likelihood_is_the_same_in_blocks_of_any_size(monkeypatch: pytest.Mo
     h.requires_grad_()
     found = []
     for pairs in (1, 7 * 13, 7 * 50, 2**18):
-        monkeypatch.setattr("vhabl.losses._Likelihood.PAIRS", {"cpu": pairs})
+        monkeypatch.setattr("vhabl.nn.losses._Likelihood.PAIRS", {"cpu": pairs})
         value = losses.likelihood(memory, h, similar)
         found.append((value.detach(), *torch.autograd.grad(value, h)))
     products = memory @ h.T

@@ -31,8 +31,7 @@ from helpers import (
 from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
-from vhabl import cnn, openclip, runs, train
-from vhabl.cache import frozen_outputs
+from vhabl import train
 from vhabl.config import Config, build_method, override
 from vhabl.data import load as load_data
 from vhabl.data.images import (
@@ -44,13 +43,15 @@ from vhabl.data.images import (
     to_pixels,
 )
 from vhabl.data.pairs import pictures
-from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling, PixelEncoder
-from vhabl.errors import VhablError
-from vhabl.evaluator import code_tasks
-from vhabl.ranks import Ranks
+from vhabl.encoders import ClipEncoder, CnnEncoder, FeatureScaling, PixelEncoder, cnn, open_clip
+from vhabl.evaluation.records import code_tasks
 from vhabl.report import page
 from vhabl.settings import DataConfig, EncoderConfig
-from vhabl.trainer import Trainer
+from vhabl.system.distributed import Ranks
+from vhabl.system.errors import VhablError
+from vhabl.training import run_folder
+from vhabl.training.feature_cache import frozen_outputs
+from vhabl.training.trainer import Trainer
 from vhabl.types import Batch, Dataset, DataSpec, Inputs, Rows, Split
 
 RESNET = {
@@ -80,12 +81,12 @@ def raw_inputs(towers: ClipEncoder, room: int = 0) -> Inputs:
     torch.manual_seed(1)
     side = towers.size + room
     pixels = torch.randint(256, (len(CAPTIONS), 3, side, side), dtype=torch.uint8)
-    tokens, _ = openclip.tokenise(CAPTIONS, 12)
+    tokens, _ = open_clip.tokenise(CAPTIONS, 12)
     return Inputs(pixels, torch.from_numpy(tokens))
 
 
 def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    mean, spread = (torch.tensor(v).view(3, 1, 1) for v in openclip.normalisation("", ""))
+    mean, spread = (torch.tensor(v).view(3, 1, 1) for v in open_clip.normalisation("", ""))
     return (pixels / 255 - mean) / spread
 
 
@@ -111,7 +112,7 @@ def test_towers_equal_open_clip(described: object, tune: str, tmp_path: Path) ->
         image_output_fmt="NCHW", normalize=False,
     )  # fmt: skip
     words = clip.ln_final(hidden["text_intermediates"][-1]) @ clip.text_projection
-    lengths = [len(openclip.module().SimpleTokenizer().encode(c)) for c in CAPTIONS]
+    lengths = [len(open_clip.module().SimpleTokenizer().encode(c)) for c in CAPTIONS]
     for row, length in enumerate(lengths):
         there = min(length, 10) + 1  # the start-of-text token is a word, the end-of-text one not
         assert found.word_mask[row].tolist() == [True] * there + [False] * (12 - there)
@@ -128,9 +129,9 @@ def test_towers_equal_open_clip(described: object, tune: str, tmp_path: Path) ->
 def test_the_quick_gelu_of_open_clip_is_computed_quicker(tmp_path: Path) -> None:
     described = TINY_TOWERS | {"quick_gelu": True}
     ours = encoder(tmp_path, described, tune="all").clip
-    theirs = openclip.module().CLIP(**described)
+    theirs = open_clip.module().CLIP(**described)
     theirs.load_state_dict(ours.state_dict())
-    assert sum(isinstance(m, openclip.QuickMLP) for m in ours.modules()) == 6
+    assert sum(isinstance(m, open_clip.QuickMLP) for m in ours.modules()) == 6
     inputs = raw_inputs(encoder(tmp_path, described))
     texts = torch.nn.functional.pad(inputs.text, (0, 4))
     for clip in (ours, theirs):
@@ -245,11 +246,11 @@ def test_texts_fit_the_context(words: int, tmp_path: Path) -> None:
 
 
 def test_tokens_are_those_of_open_clip() -> None:
-    tokens, too_long = openclip.tokenise(CAPTIONS, 12)
-    expected = openclip.module().SimpleTokenizer(context_length=12)(CAPTIONS)
+    tokens, too_long = open_clip.tokenise(CAPTIONS, 12)
+    expected = open_clip.module().SimpleTokenizer(context_length=12)(CAPTIONS)
     assert np.array_equal(tokens, expected.numpy()) and tokens.dtype == np.int64
     assert too_long == 1
-    assert openclip.tokenise(["a b c"], 5)[1] == 0 and openclip.tokenise(["a b c"], 4)[1] == 1
+    assert open_clip.tokenise(["a b c"], 5)[1] == 0 and open_clip.tokenise(["a b c"], 4)[1] == 1
 
 
 # -- weights ---------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ KINDS = ["archive", "archive of bfloat16", "state dict", "wrapped", "Lightning's
 def test_weights_come_in_any_file(kind: str, tmp_path: Path) -> None:
     model = architecture(tmp_path, {**TINY_TOWERS, "quick_gelu": True})
     torch.manual_seed(3)
-    clip = openclip.build_towers(model, "")
+    clip = open_clip.build_towers(model, "")
     state = clip.state_dict()
     endings = {"safetensors": "safetensors", "SAFETENSORS": "SAFETENSORS", "run": "safetensors"}
     file = tmp_path / f"w.{endings.get(kind, 'pt')}"
@@ -306,17 +307,17 @@ def test_weights_come_in_any_file(kind: str, tmp_path: Path) -> None:
         others = {"memory": torch.zeros(3)}
         save_file({f"encoder.clip.{n}": t for n, t in state.items()} | others, file)
     torch.manual_seed(4)
-    found = openclip.build_towers(model, str(file)).state_dict()
+    found = open_clip.build_towers(model, str(file)).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_an_archive_of_openais_needs_quick_gelu(tmp_path: Path) -> None:
-    clip = openclip.build_towers(architecture(tmp_path), "")
+    clip = open_clip.build_towers(architecture(tmp_path), "")
     torch.jit.trace(Traced(clip), torch.zeros(1)).save(str(tmp_path / "w.pt"))
     message = r"w\.pt: OpenAI's weights are for QuickGELU\. Set .quick_gelu.: true"
     with pytest.raises(VhablError, match=message):
-        openclip.build_towers(str(tmp_path / "towers.json"), str(tmp_path / "w.pt"))
+        open_clip.build_towers(str(tmp_path / "towers.json"), str(tmp_path / "w.pt"))
 
 
 @pytest.mark.parametrize(
@@ -334,26 +335,26 @@ def test_weights_by_name_have_the_activation_that_they_were_trained_with(
     model: str, weights: str, quick: bool
 ) -> None:
     with torch.device("meta"):
-        towers = openclip.build_towers(model, weights, read=False)
-    assert any(isinstance(m, openclip.QuickMLP) for m in towers.modules()) == quick
+        towers = open_clip.build_towers(model, weights, read=False)
+    assert any(isinstance(m, open_clip.QuickMLP) for m in towers.modules()) == quick
 
 
 def test_weights_by_name_have_the_pictures_that_they_were_trained_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     half = (0.5, 0.5, 0.5)
-    assert tuple(map(tuple, openclip.normalisation("ViT-L-14", "laion2b_s32b_b82k"))) == (
+    assert tuple(map(tuple, open_clip.normalisation("ViT-L-14", "laion2b_s32b_b82k"))) == (
         half,
         half,
     )
     for weights in ("openai", "", "cache/ViT-L-14.pt"):
-        mean, spread = openclip.normalisation("ViT-L-14", weights)
+        mean, spread = open_clip.normalisation("ViT-L-14", weights)
         assert mean == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
         assert spread == pytest.approx([0.2686, 0.2613, 0.2758], abs=1e-4)
-    assert openclip.squeezed("ViT-H-14", "dfn5b", False)
-    assert not openclip.squeezed("ViT-B-32", "openai", False)
+    assert open_clip.squeezed("ViT-H-14", "dfn5b", False)
+    assert not open_clip.squeezed("ViT-B-32", "openai", False)
     assert capsys.readouterr().err == ""
-    assert openclip.squeezed("ViT-B-32", "openai", True)
+    assert open_clip.squeezed("ViT-B-32", "openai", True)
     assert "openai was trained on pictures cut in the centre" in capsys.readouterr().err
     config = EncoderConfig("clip", "ViT-H-14", "dfn5b")
     assert pictures([], DataConfig("a", "pairs", "a"), config).squeeze
@@ -363,14 +364,14 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     model, file = architecture(tmp_path), tmp_path / "w.pt"
     other = json.loads(json.dumps(TINY_TOWERS))
     other["vision_cfg"]["width"], other["text_cfg"]["layers"] = 48, 2
-    torch.save(openclip.build_towers(architecture(tmp_path / "..", other), "").state_dict(), file)
+    torch.save(open_clip.build_towers(architecture(tmp_path / "..", other), "").state_dict(), file)
     architecture(tmp_path)
     with pytest.raises(VhablError) as error:
-        openclip.build_towers(model, str(file))
+        open_clip.build_towers(model, str(file))
     text = str(error.value)
     assert text.startswith(f"{file}: weights of another architecture (no transformer.")
     assert "more). encoder.model is" in text
-    state = openclip.build_towers(model, "").state_dict()
+    state = open_clip.build_towers(model, "").state_dict()
     for name, change, message in (
         ("visual.proj", lambda t: t[:-1], r"\(visual.proj of shape \(31, 32\) for \(32, 32\)\)"),
         ("visual.proj", lambda t: t * np.nan, r"visual.proj has values that are not finite"),
@@ -379,7 +380,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     ):
         torch.save(state | {name: change(state.get(name))}, file)
         with pytest.raises(VhablError, match=message):
-            openclip.build_towers(model, str(file))
+            open_clip.build_towers(model, str(file))
     for content, message in (
         (b"no weights at all", "the file is damaged or of another kind"),
         (None, "something else than tensors by name"),
@@ -389,14 +390,14 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         else:
             file.write_bytes(content)
         with pytest.raises(VhablError, match=message):
-            openclip.build_towers(model, str(file))
+            open_clip.build_towers(model, str(file))
 
 
 def test_weights_that_are_nowhere_are_said(tmp_path: Path) -> None:
     with pytest.raises(VhablError, match=r"encoder.weights nowhere.pt: no such file"):
-        openclip.build_towers(architecture(tmp_path), "nowhere.pt")
+        open_clip.build_towers(architecture(tmp_path), "nowhere.pt")
     with pytest.raises(VhablError, match=r"by name: openai, .*metaclip_400m"):
-        openclip.load_weights(torch.nn.Module(), "ViT-B-32-quickgelu", "openaj")
+        open_clip.load_weights(torch.nn.Module(), "ViT-B-32-quickgelu", "openaj")
 
 
 @pytest.mark.parametrize(
@@ -423,9 +424,9 @@ def test_architectures_that_are_not_served(described: object, message: str, tmp_
         text = described if isinstance(described, str) else json.dumps(described)
         file.write_text(text, encoding="utf-8")
     with pytest.raises(VhablError, match=message):
-        openclip.build_towers(str(file), "")
+        open_clip.build_towers(str(file), "")
     with pytest.raises(VhablError, match=r"encoder.model is 'ViT-B-33'"):
-        openclip.picture_size("ViT-B-33")
+        open_clip.picture_size("ViT-B-33")
 
 
 def test_torchvision_is_mended_where_its_library_does_not_load(tmp_path: Path) -> None:
@@ -439,7 +440,7 @@ def test_torchvision_is_mended_where_its_library_does_not_load(tmp_path: Path) -
         "    return dets\n"
     )
     check = (
-        "import vhabl.openclip as o, sys\n"
+        "import vhabl.encoders.open_clip as o, sys\n"
         "o.mend_torchvision(); o.mend_torchvision()\n"
         "assert 'torchvision' in sys.modules and len(o._schemas) == 1\n"
     )
@@ -912,8 +913,8 @@ def test_captions_stay_with_their_items(folder: Path) -> None:
     for split in (data.train, data.query):
         assert isinstance(split.text, Rows)
         own = [of_item[name] for name in split.ids.tolist()]
-        first, _ = openclip.tokenise([texts[0] for texts in own], config.encoder.words)
-        last, _ = openclip.tokenise([texts[-1] for texts in own], config.encoder.words)
+        first, _ = open_clip.tokenise([texts[0] for texts in own], config.encoder.words)
+        last, _ = open_clip.tokenise([texts[-1] for texts in own], config.encoder.words)
         rows = np.arange(len(split))
         assert np.array_equal(split.text[rows], first) and not np.array_equal(first, last)
         assert np.array_equal(split.text.drawn(rows, np.full(len(rows), 0.99)), last)
@@ -1042,7 +1043,7 @@ def test_a_stale_cache_is_made_anew_and_said(
     elif change == "image":
         Image.new("RGB", (40, 40)).save(folder / "images" / "3.png")
     elif change == "layout":
-        monkeypatch.setattr("vhabl.cache.VERSION", 0)
+        monkeypatch.setattr("vhabl.training.feature_cache.VERSION", 0)
     else:
         given = {"resize": "encoder.resize=36", "rounding": "encoder.cache_precision=float32"}
         config = pair_config(folder, "cmcl", "encoder.tune=frozen", given[change])
@@ -1115,7 +1116,7 @@ def test_a_saved_run_needs_no_weights_file_and_repeats_its_codes(folder: Path) -
     model = folder / "towers.json"
     config = pair_config(folder, "cmcl")
     torch.manual_seed(9)
-    save_file(openclip.build_towers(str(model), "").state_dict(), folder / "w.safetensors")
+    save_file(open_clip.build_towers(str(model), "").state_dict(), folder / "w.safetensors")
     config = pair_config(
         folder, "cmcl", f"encoder.weights={folder / 'w.safetensors'}", "encoder.tune=frozen",
         "out=run", "validation.fraction=0",
@@ -1123,8 +1124,8 @@ def test_a_saved_run_needs_no_weights_file_and_repeats_its_codes(folder: Path) -
     data = load_data(config.data, config.encoder)
     train.train(config, data, progress_bar=False)
     (folder / "w.safetensors").unlink()
-    run = runs.load(Path("run"))
-    ((_, _, found),) = runs.encoded([run], None, [])
+    run = run_folder.load(Path("run"))
+    ((_, _, found),) = run_folder.encoded([run], None, [])
     raw = code_tasks(run.method, data, config.bits)
     for bits, tasks in found.items():
         for task, codes in tasks.items():
@@ -1152,7 +1153,7 @@ def test_a_saved_state_leaves_out_frozen_towers_and_goes_on_with_the_same(folder
 def test_a_run_does_not_go_on_with_other_weights(tune: str, folder: Path) -> None:
     pair_config(folder)
     torch.manual_seed(0)
-    state = openclip.build_towers(str(folder / "towers.json"), "").state_dict()
+    state = open_clip.build_towers(str(folder / "towers.json"), "").state_dict()
     save_file(state, folder / "w.safetensors")
     config = pair_config(
         folder, "cmcl", f"encoder.weights={folder / 'w.safetensors'}", f"encoder.tune={tune}",
@@ -1234,9 +1235,9 @@ def test_towers_on_a_gpu(tune: str, folder: Path) -> None:
     data = load_data(config.data, config.encoder)
     rows = train.train(config, data, progress_bar=False)
     assert all(0 <= r.value <= 1 for r in rows if "mAP" in r.measure)
-    run = runs.load(Path("run"))
-    ((_, _, there),) = runs.encoded([run], [16], ["device=cuda"])
-    here = code_tasks(runs.load(Path("run")).method, data, [16])
+    run = run_folder.load(Path("run"))
+    ((_, _, there),) = run_folder.encoded([run], [16], ["device=cuda"])
+    here = code_tasks(run_folder.load(Path("run")).method, data, [16])
     for task, codes in there[16].items():
         assert (codes.database != here[16][task].database).mean() < 0.05
     if tune != "all":
@@ -1249,14 +1250,14 @@ def test_a_run_holds_the_description_of_its_towers(folder: Path) -> None:
     config = pair_config(folder, "cmcl", "encoder.tune=frozen", "out=run", "validation.fraction=0")
     data = load_data(config.data, config.encoder)
     train.train(config, data, progress_bar=False)
-    before = code_tasks(runs.load(Path("run")).method, data, [8])[8]["i2t"].database
+    before = code_tasks(run_folder.load(Path("run")).method, data, [8])[8]["i2t"].database
     changed = json.loads((folder / "towers.json").read_text())
     changed["quick_gelu"] = True
     (folder / "towers.json").write_text(json.dumps(changed))
-    again = code_tasks(runs.load(Path("run")).method, data, [8])[8]["i2t"].database
+    again = code_tasks(run_folder.load(Path("run")).method, data, [8])[8]["i2t"].database
     assert np.array_equal(before, again)
     (folder / "towers.json").unlink()
-    ((_, _, found),) = runs.encoded([runs.load(Path("run"))], [8], [])
+    ((_, _, found),) = run_folder.encoded([run_folder.load(Path("run"))], [8], [])
     assert (found[8]["i2t"].database != before).mean() < 0.01
 
 
@@ -1266,7 +1267,7 @@ def test_a_cache_of_other_towers_with_the_same_weights_is_stale(
     pair_config(folder)
     torch.manual_seed(0)
     save_file(
-        openclip.build_towers(str(folder / "towers.json"), "").state_dict(),
+        open_clip.build_towers(str(folder / "towers.json"), "").state_dict(),
         folder / "w.safetensors",
     )
     given = ["encoder.tune=frozen", f"encoder.weights={folder / 'w.safetensors'}"]
@@ -1393,7 +1394,7 @@ def test_a_network_as_published_by_hq(folder: Path, tiny_alexnet: None) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "second"), [("alexnet", 5), ("vgg16", 4)])
 def test_the_networks_of_torchvision_are_built_alike(name: str, second: int) -> None:
-    openclip.mend_torchvision()
+    open_clip.mend_torchvision()
     from torchvision import models
 
     spec = DataSpec("pairs", 224, 7, 3, 10)
@@ -1520,15 +1521,15 @@ def test_a_run_on_a_network_is_the_same_with_and_without_the_cache(
             "encoder.cache_precision=float32",
         )  # fmt: skip
         train.train(config, data, progress_bar=False)
-        found.append(runs.load(Path("run")).method.state_dict())
+        found.append(run_folder.load(Path("run")).method.state_dict())
     assert Path("cache").exists() == (tune != "all")
     for name, tensor in found[0].items():
         assert torch.allclose(tensor.float(), found[1][name].float(), atol=1e-4), name
     (folder / "w.pth").unlink()
-    run = runs.load(Path("run"))
+    run = run_folder.load(Path("run"))
     assert tuple(run.method.spec.vocabulary) == data.vocabulary and "red" in data.vocabulary
     before = code_tasks(run.method, data, [8])[8]["i2t"]
-    ((_, _, again),) = runs.encoded([run], [8], [])
+    ((_, _, again),) = run_folder.encoded([run], [8], [])
     assert np.array_equal(again[8]["i2t"].query, before.query)
     assert np.array_equal(again[8]["i2t"].database, before.database)
 
@@ -1617,7 +1618,7 @@ def test_a_network_sees_the_words_that_descriptors_go_with(
         assert np.array_equal(own.text, other.text) and np.array_equal(own.labels, other.labels)
         assert np.array_equal(own.ids, other.ids)
     train.train(config, data, progress_bar=False)
-    said = page.describe_inputs(runs.load(Path("run")))
+    said = page.describe_inputs(run_folder.load(Path("run")))
     assert said == f"pictures of side 224 and {len(data.vocabulary):,} words"
 
 

@@ -15,18 +15,20 @@ import pytest
 import torch
 from helpers import small_config
 
-from vhabl import encoders, errors, runs, train
+from vhabl import encoders, train
 from vhabl.config import build_method, override
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
-from vhabl.errors import Stopped, VhablError
-from vhabl.evaluator import batches_in_order, code_tasks
-from vhabl.files import alone
+from vhabl.evaluation.records import batches_in_order, code_tasks
 from vhabl.methods.hq import HQ
 from vhabl.methods.nested_mlp import NestedMLP
-from vhabl.optim import WeightMean, build_optimizer, clip_gradients, set_rate
 from vhabl.settings import EncoderConfig, OptimConfig
-from vhabl.trainer import STATE_FILE, Trainer, pick_device
+from vhabl.system import errors
+from vhabl.system.errors import Stopped, VhablError
+from vhabl.system.files import alone
+from vhabl.training import run_folder
+from vhabl.training.optim import WeightMean, build_optimizer, clip_gradients, set_rate
+from vhabl.training.trainer import STATE_FILE, Trainer, pick_device
 from vhabl.types import Batch, DataSpec, Inputs, Split
 
 
@@ -249,7 +251,7 @@ def test_the_final_phase_trains_for_the_epochs_chosen(
     feature_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.2, 0.9, 0.4])
-    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
+    monkeypatch.setattr("vhabl.training.trainer.validation_score", lambda *_: next(scores))
     config = small_config(feature_file, "nested_mlp", "epochs=6")
     trainer = Trainer(config, load_data(config.data), False)
     trainer.run()
@@ -274,7 +276,7 @@ def test_early_stop_after_patience(
     final: int,
 ) -> None:
     coming = iter(scores)
-    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(coming))
+    monkeypatch.setattr("vhabl.training.trainer.validation_score", lambda *_: next(coming))
     config = small_config(
         feature_file, "nested_mlp", "epochs=50", "validation.patience=2", "validation.every=1"
     )
@@ -322,9 +324,9 @@ def test_a_run_on_data_with_a_constant_feature_is_read_again(feature_file: Path)
     image[:, 0] = 3
     constant = replace(data, train=replace(data.train, image=image))
     trained = Trainer(config, constant, False).run().eval()
-    runs.save(Path("run"), config, trained, constant, [], [])
+    run_folder.save(Path("run"), config, trained, constant, [], [])
     inputs = data.query.inputs()
-    found = runs.load(Path("run")).method.eval().encode(inputs, 16)["fused"]
+    found = run_folder.load(Path("run")).method.eval().encode(inputs, 16)["fused"]
     assert torch.equal(found, trained.encode(inputs, 16)["fused"])
 
 
@@ -369,9 +371,9 @@ def test_a_run_folder_is_whole_and_reloads_to_equal_codes(feature_file: Path) ->
     assert {p.name for p in Path("codes").iterdir()} == {
         f"VH-ABL_{bits}-wiki_bits.{ending}" for bits in (8, 16) for ending in ("mat", "npz")
     }
-    run = runs.load(Path("run"))
+    run = run_folder.load(Path("run"))
     assert run.config == config
-    runs.check_data(run, data)
+    run_folder.check_data(run, data)
     again = code_tasks(run.method, data, [8, 16])
     from vhabl import codes
 
@@ -399,7 +401,7 @@ def test_a_failure_while_writing_leaves_the_old_run(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "run/weights.safetensors")
 
-    monkeypatch.setattr("vhabl.runs.save_file", full)
+    monkeypatch.setattr("vhabl.training.run_folder.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train.train(override(config, ["optim.lr=0.02"]), data, progress_bar=False)
     for path, content in before.items():
@@ -435,7 +437,7 @@ def test_training_on_a_gpu_gives_codes_of_the_same_quality(feature_file: Path) -
     data = load_data(config.data)
     method = Trainer(config, data, False).run()
     assert next(method.parameters()).device.type == "cuda"
-    from vhabl.evaluator import validation_score
+    from vhabl.evaluation.records import validation_score
 
     assert validation_score(method, data, [16]) > 0.8
 
@@ -568,8 +570,8 @@ def test_the_final_phase_repeats_the_rates_of_selection(
         set_rate(optimizer, config, progress)
         rates.append(optimizer.param_groups[0]["lr"])
 
-    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
-    monkeypatch.setattr("vhabl.trainer.set_rate", record)
+    monkeypatch.setattr("vhabl.training.trainer.validation_score", lambda *_: next(scores))
+    monkeypatch.setattr("vhabl.training.trainer.set_rate", record)
     config = small_config(feature_file, "nested_mlp", "optim.schedule=cosine")
     Trainer(config, load_data(config.data), False).run()
     assert len(rates) == 16 + 8  # 4 batches in each of 4 and 2 epochs
@@ -581,7 +583,7 @@ def test_of_equal_scores_the_earlier_epoch_is_chosen(
     feature_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.5, 0.4])
-    monkeypatch.setattr("vhabl.trainer.validation_score", lambda *_: next(scores))
+    monkeypatch.setattr("vhabl.training.trainer.validation_score", lambda *_: next(scores))
     config = small_config(feature_file, "nested_mlp", "epochs=6")
     trainer = Trainer(config, load_data(config.data), False)
     trainer.run()

@@ -21,14 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from vhabl import codes as code_files
-from vhabl import errors, runs
 from vhabl.config import override
 from vhabl.data import load as load_data
 from vhabl.data.images import rows_in_order
-from vhabl.evaluator import encode, relaxed_codes, shown
+from vhabl.evaluation.records import encode, relaxed_codes, shown
 from vhabl.methods.base import HashingMethod
 from vhabl.metrics import evaluate
-from vhabl.published import best_honest
+from vhabl.report.published import best_honest
+from vhabl.system import errors
+from vhabl.training import run_folder
 from vhabl.types import Codes, Dataset, Split
 
 SAMPLE = 512  # items of each split that are encoded
@@ -294,10 +295,10 @@ def main(arguments: list[str]) -> int:
         verdicts = [audit_codes(path) for path in given.codes]
         print("implausible" if any(verdicts) else "nothing implausible")
         return IMPLAUSIBLE if any(verdicts) else 0
-    run = runs.load(given.checkpoint)
+    run = run_folder.load(given.checkpoint)
     config = override(run.config, given.overrides)
     data = load_data(config.data, config.encoder)
-    runs.check_data(run, data)
+    run_folder.check_data(run, data)
     trials = audit_checkpoint(run.method, data)
     print(shown(f"{config.method} on {data.name}", config.oracle_labels))
     for trial in trials:

@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from vhabl import cnn, encoders, methods, openclip
-from vhabl.errors import VhablError, bad_value, brief, fail
+from vhabl import encoders, methods
+from vhabl.encoders import cnn, open_clip
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import (
     REQUIRED,
@@ -34,6 +34,7 @@ from vhabl.settings import (
     ValidationConfig,
     key,
 )
+from vhabl.system.errors import VhablError, bad_value, brief, fail
 from vhabl.types import DataSpec
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -388,7 +389,9 @@ def _build_config(types: dict[str, Any], layers: list[Layer], where: object) -> 
     config: Config = _build(Config, values, where)
     settings = _build(methods.get(config.method).Settings, values, where, "model.")
     # A JSON file of towers is taken in: what is stored with a run is what it was trained with.
-    encoder = dataclasses.replace(config.encoder, model=openclip.with_content(config.encoder.model))
+    encoder = dataclasses.replace(
+        config.encoder, model=open_clip.with_content(config.encoder.model)
+    )
     config = dataclasses.replace(config, model=settings, encoder=encoder)
     _check(config)
     return config

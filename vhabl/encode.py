@@ -15,7 +15,7 @@ the codes of each view (`fused`, or `image` and `text`) packed as `vhabl.codes.p
 method takes pictures, texts or pairs; a cross one encodes pictures and texts apart.
 
 Under torchrun each process encodes a part of the items, and the file is the same. Parts that are
-done are kept for the next try where one dies (`vhabl.shards`).
+done are kept for the next try where one dies (`vhabl.codes.shards`).
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ import numpy as np
 from PIL import Image
 
 from vhabl import codes as code_files
-from vhabl import errors, openclip, ranks, runs, shards
+from vhabl.codes import shards
+from vhabl.codes.shards import Part, Shard
 from vhabl.config import load_data_config, to_yaml
 from vhabl.data import collection
 from vhabl.data.images import Picture, is_picture
 from vhabl.data.pairs import bag_of_words, describe_images, pictures, words
 from vhabl.data.table import read_items
-from vhabl.errors import bad_value, fail, note, plural
-from vhabl.evaluator import encode, relaxed_codes
-from vhabl.files import atomic_path
-from vhabl.ranks import Ranks
+from vhabl.encoders import open_clip
+from vhabl.evaluation.records import encode, relaxed_codes
 from vhabl.settings import DataConfig
-from vhabl.shards import Part, Shard
-from vhabl.trainer import pick_device
+from vhabl.system import distributed, errors
+from vhabl.system.distributed import Ranks
+from vhabl.system.errors import bad_value, fail, note, plural
+from vhabl.system.files import atomic_path
+from vhabl.training import run_folder
+from vhabl.training.trainer import pick_device
 from vhabl.types import Embedded, Rows, Split, Stored, take
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif"}
@@ -57,13 +60,13 @@ Items = tuple[list[str], Sequence[Stored] | np.ndarray | Rows | None, Texts | No
 
 def load(folder: str | Path, device: str = "auto") -> Model:
     """The model of a finished run. Raises VhablError where there is none, or it is damaged."""
-    return Model(runs.load(Path(folder)), device)
+    return Model(run_folder.load(Path(folder)), device)
 
 
 class Model:
     """A trained method that encodes raw files and strings. It never sees a label."""
 
-    def __init__(self, run: runs.Run, device: str = "auto") -> None:
+    def __init__(self, run: run_folder.Run, device: str = "auto") -> None:
         self.run = run
         self.method = run.method.to(pick_device(device)).eval()
         if self.method.oracle_labels:
@@ -218,7 +221,7 @@ class Model:
                 found = f"{plural(len(unknown), 'text')} without a word that the model knows"
                 note(f"{found}, such as {unknown[0][:80]!r}")
             return bags, 0
-        return openclip.tokenise(listed, encoder.words)
+        return open_clip.tokenise(listed, encoder.words)
 
 
 def _nothing(count: int) -> np.ndarray:
@@ -319,7 +322,7 @@ def read_codes(
 
 
 def main(arguments: list[str]) -> int:
-    with ranks.joined() as here:
+    with distributed.joined() as here:
         given, model, items = here.everywhere(lambda: _prepare(arguments, here))
         bits = model.method.bits if given.bits is None else given.bits
         if here.size == 1:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vhabl import codes, errors, runs
-from vhabl.errors import fail
-from vhabl.evaluator import (
+from vhabl import codes
+from vhabl.evaluation.records import (
     MeasureSet,
     Record,
     measure,
@@ -27,6 +26,9 @@ from vhabl.evaluator import (
 )
 from vhabl.metrics import per_query, permutation_test
 from vhabl.report import print_table
+from vhabl.system import errors
+from vhabl.system.errors import fail
+from vhabl.training import run_folder
 
 
 def main(arguments: list[str]) -> int:
@@ -91,7 +93,7 @@ def main(arguments: list[str]) -> int:
         rows = evaluate_files(given.codes, given.measures or "all")
     else:
         if not given.json:  # a table has the mean over seeds
-            runs.require_alike(runs.find(given.checkpoint))
+            run_folder.require_alike(run_folder.find(given.checkpoint))
         rows = evaluate_runs(
             given.checkpoint,
             given.bits,
@@ -124,7 +126,9 @@ def evaluate_runs(
 ) -> list[Record]:
     """Encode and measure again every run at or below a folder."""
     rows: list[Record] = []
-    for run, data, found in runs.encoded(map(runs.load, runs.find(folder)), bits, overrides):
+    for run, data, found in run_folder.encoded(
+        map(run_folder.load, run_folder.find(folder)), bits, overrides
+    ):
         config, everything = run.config, with_one_modality(run.method, data, found)
         rows += records(config.title, data, everything, config.seed, measures, keep_own)
         if measures != "headline":
@@ -172,9 +176,9 @@ def _query_precisions(
     found: dict[tuple[int, str], list[np.ndarray]] = {}
     judges: dict[tuple[int, str], np.ndarray] = {}
     oracle = False
-    folders = runs.find(folder)
-    runs.require_alike(folders)
-    for _, data, codes_of_run in runs.encoded(map(runs.load, folders), bits, overrides):
+    folders = run_folder.find(folder)
+    run_folder.require_alike(folders)
+    for _, data, codes_of_run in run_folder.encoded(map(run_folder.load, folders), bits, overrides):
         own = own_positions(data.query.sources, data.database.sources)
         for length, tasks in codes_of_run.items():
             for task, part in tasks.items():

@@ -5,15 +5,23 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
-from vhabl import codes, errors, runs
+from vhabl import codes
 from vhabl.config import Config, describe_keys, load, recipes, to_yaml
 from vhabl.data import describe
 from vhabl.data import load as load_data
-from vhabl.evaluator import Record, code_tasks, real_valued_records, records, with_one_modality
-from vhabl.files import alone
-from vhabl.ranks import ALONE, Ranks, joined
+from vhabl.evaluation.records import (
+    Record,
+    code_tasks,
+    real_valued_records,
+    records,
+    with_one_modality,
+)
 from vhabl.report import print_table
-from vhabl.trainer import STATE_FILE, Trainer
+from vhabl.system import errors
+from vhabl.system.distributed import ALONE, Ranks, joined
+from vhabl.system.files import alone
+from vhabl.training import run_folder
+from vhabl.training.trainer import STATE_FILE, Trainer
 from vhabl.types import Dataset
 
 
@@ -85,7 +93,7 @@ def train(
                 needed.mkdir(parents=True, exist_ok=True)
         if here.rank == 0:
             held.enter_context(alone(folder))
-            runs.require_own(folder, config)
+            run_folder.require_own(folder, config)
 
     with ExitStack() as held:
         here.everywhere(hold)
@@ -106,7 +114,7 @@ def _train(trainer: Trainer) -> list[Record]:
     if config.code_folder is not None:
         for tasks in found.values():
             codes.save(config.code_folder, config.title, data.name, tasks)
-    runs.save(folder, config, method, data, rows, trainer.progress.history)
+    run_folder.save(folder, config, method, data, rows, trainer.progress.history)
     (folder / STATE_FILE).unlink(missing_ok=True)
     return rows
 

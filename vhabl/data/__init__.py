@@ -10,13 +10,13 @@ import numpy as np
 
 from vhabl.data.features import load_features
 from vhabl.data.images import ImageFiles, rows_in_order
+from vhabl.data.labels import numbers
 from vhabl.data.npy import load_arrays
 from vhabl.data.pairs import Pairs, Roles, drawn_together, read_pairs, to_splits
 from vhabl.data.table import read_table
-from vhabl.errors import VhablError, fail, plural
-from vhabl.files import locate
-from vhabl.labels import numbers
 from vhabl.settings import DataConfig, EncoderConfig
+from vhabl.system.errors import VhablError, fail, plural
+from vhabl.system.files import locate
 from vhabl.types import Dataset, Rows, Split, Stored
 
 __all__ = ["Collection", "collection", "describe", "items", "load", "validation_split", "without"]

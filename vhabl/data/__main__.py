@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vhabl import errors
 from vhabl.config import load_data_config
 from vhabl.data import items, load
+from vhabl.data.labels import describe, numbers
 from vhabl.data.pairs import bad_images, describe_pairs, split
-from vhabl.errors import EXIT_USER_ERROR
-from vhabl.labels import describe, numbers
+from vhabl.system import errors
+from vhabl.system.errors import EXIT_USER_ERROR
 
 
 def main(arguments: list[str]) -> int:

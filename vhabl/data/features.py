@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vhabl.errors import fail
-from vhabl.labels import as_labels, require_same
-from vhabl.matfile import read_mat
+from vhabl.data.labels import as_labels, require_same
+from vhabl.data.matlab import read_mat
 from vhabl.settings import DataConfig
+from vhabl.system.errors import fail
 from vhabl.types import Split
 
 ROLES = ("tr", "db", "te")

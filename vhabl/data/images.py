@@ -15,7 +15,7 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
-from vhabl.errors import VhablError, fail, note
+from vhabl.system.errors import VhablError, fail, note
 from vhabl.types import Embedded, Inputs, Rows, Split, Store, Stored
 
 IN_MEMORY = 2**28  # bytes of pixels up to which a set's images are read once and kept

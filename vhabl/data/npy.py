@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vhabl import cnn
 from vhabl.data.features import as_features, content_ids
 from vhabl.data.images import ImageFiles, rows_in_order
+from vhabl.data.labels import as_labels, require_same
 from vhabl.data.pairs import Roles, describe_images, pictures
-from vhabl.errors import fail, plural
-from vhabl.files import open_array
-from vhabl.labels import as_labels, require_same
+from vhabl.encoders import cnn
 from vhabl.settings import DataConfig, EncoderConfig
+from vhabl.system.errors import fail, plural
+from vhabl.system.files import open_array
 from vhabl.types import Rows, Split
 
 ROLES = ("train", "vali", "test")

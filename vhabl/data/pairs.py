@@ -21,13 +21,13 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from vhabl import cnn, openclip
 from vhabl.data.descriptors import describe_image
 from vhabl.data.images import ImageFiles, Picture, open_image
-from vhabl.errors import VhablError, bad_value, fail, note, plural
-from vhabl.labels import as_labels, describe, numbers
-from vhabl.matfile import read_mat
+from vhabl.data.labels import as_labels, describe, numbers
+from vhabl.data.matlab import read_mat
+from vhabl.encoders import cnn, open_clip
 from vhabl.settings import DataConfig, EncoderConfig
+from vhabl.system.errors import VhablError, bad_value, fail, note, plural
 from vhabl.types import Rows, Split, Stored
 
 _KEYS = {  # the releases' names for the same thing
@@ -207,8 +207,8 @@ def pictures(
     if encoder.name == "cnn":
         size = encoder.side or cnn.SIDE
     else:
-        size = openclip.picture_size(encoder.model)
-        squeeze = openclip.squeezed(encoder.model, encoder.weights, squeeze)
+        size = open_clip.picture_size(encoder.model)
+        squeeze = open_clip.squeezed(encoder.model, encoder.weights, squeeze)
     crop = size if encoder.augment else 0
     return kind(files, encoder.resize or size, squeeze, config.workers, crop)
 
@@ -222,7 +222,7 @@ def _tokens(pairs: Pairs, encoder: EncoderConfig) -> tuple[Rows, list[str]]:
         for one, others in zip(pairs.captions, pairs.further, strict=True)
         for caption in (one, *others)
     ]
-    tokens, too_long = openclip.tokenise(captions, encoder.words)
+    tokens, too_long = open_clip.tokenise(captions, encoder.words)
     empty = sum(not caption.strip() for caption in captions)
     notes = []
     if too_long:

@@ -22,8 +22,8 @@ from unicodedata import normalize
 import numpy as np
 
 from vhabl.data.pairs import Pairs
-from vhabl.errors import VhablError, bad_value, brief, fail, note, plural
 from vhabl.settings import DataConfig
+from vhabl.system.errors import VhablError, bad_value, brief, fail, note, plural
 from vhabl.types import Embedded, Stored
 
 

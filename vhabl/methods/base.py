@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vhabl.codes import binarise
 from vhabl.encoders import Encoder, Tokens
-from vhabl.errors import bad_value, fail
-from vhabl.layers import FusedHashNet, StandIn
-from vhabl.losses import TARGETS, class_shares, doubling_lengths
+from vhabl.nn.layers import FusedHashNet, StandIn
+from vhabl.nn.losses import TARGETS, class_shares, doubling_lengths
+from vhabl.nn.quantisation import binarise
+from vhabl.system.errors import bad_value, fail
 from vhabl.types import Batch, DataSpec, Embeddings, Inputs
 
 
@@ -119,7 +119,7 @@ class HashingMethod(nn.Module, ABC):
 
     def codebook(self, bits: int) -> Tensor | None:
         """Dictionaries of centres whose sums stand for the relaxed codes of a length, [M, J, bits]
-        (`vhabl.codebooks`), where a method has them. Default: none.
+        (`vhabl.nn.quantisation`), where a method has them. Default: none.
         """
         return None
 

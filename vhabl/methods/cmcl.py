@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vhabl import losses
 from vhabl.encoders import Encoder
-from vhabl.errors import bad_value
-from vhabl.layers import ClipBlock, CodeMemory, LengthHeads, ResidualMLP
 from vhabl.methods.base import HashingMethod
+from vhabl.nn import losses
+from vhabl.nn.layers import ClipBlock, CodeMemory, LengthHeads, ResidualMLP
 from vhabl.settings import key
+from vhabl.system.errors import bad_value
 from vhabl.types import Batch, DataSpec, Inputs
 
 VIEWS = ("image", "text")

@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vhabl import losses
 from vhabl.encoders import Encoder
-from vhabl.layers import FusedHashNet, FusedNetSettings
 from vhabl.methods.base import (
     HashingMethod,
     check_centres,
@@ -28,6 +26,8 @@ from vhabl.methods.base import (
     stand_in,
     weighted,
 )
+from vhabl.nn import losses
+from vhabl.nn.layers import FusedHashNet, FusedNetSettings
 from vhabl.settings import key
 from vhabl.types import Batch, DataSpec, Inputs
 

@@ -3,7 +3,7 @@
 One real feature of each image and each text, in a space that both share. Its signs are the binary
 code; a sum of centres from a few dictionaries, which both modalities share as well, stands for the
 feature itself at a few bytes. A search finds its candidates by Hamming distance, and ranks them by
-the inner product of the query's real feature with the centres of an item (`vhabl.codebooks`).
+the inner product of the query's real feature with the centres of an item (`vhabl.nn.quantisation`).
 
 Each length has a feature and dictionaries of its own, on a network that all of them share.
 """
@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vhabl import codebooks
-from vhabl.codes import binarise
 from vhabl.encoders import Encoder
-from vhabl.errors import bad_value, fail
-from vhabl.layers import ResidualMLP
 from vhabl.methods.base import HashingMethod
+from vhabl.nn import quantisation
+from vhabl.nn.layers import ResidualMLP
+from vhabl.nn.quantisation import binarise
 from vhabl.settings import key
+from vhabl.system.errors import bad_value, fail
 from vhabl.types import Batch, DataSpec, Inputs
 
 VIEWS = ("image", "text")
@@ -169,7 +169,7 @@ class HQ(HashingMethod):
             h = torch.cat([f, g])
             rows = torch.cat([batch.index, batch.index + items])
             self.get_buffer(f"seen_{k}")[rows] = h.detach()
-            centres = codebooks.rebuild(self.get_buffer(f"codes_{k}")[rows], self.codebook(k))
+            centres = quantisation.rebuild(self.get_buffer(f"codes_{k}")[rows], self.codebook(k))
             parts = {
                 "similarity": weight.similarity * similarity,
                 # Twice the mean over both: a sum of two means.
@@ -204,10 +204,10 @@ class HQ(HashingMethod):
         """Centres that fit x [N, bits], and its codes."""
         centres, count = self.codebook(bits), self.settings.centres
         if not self.begun:
-            centres = codebooks.begin(x, self.settings.dictionaries, count)
-        codes = codebooks.assign(x, centres)
+            centres = quantisation.begin(x, self.settings.dictionaries, count)
+        codes = quantisation.assign(x, centres)
         for _ in range(rounds):
-            centres = codebooks.solve(x, codes, count)
-            codes = codebooks.assign(x, centres, codes)
+            centres = quantisation.solve(x, codes, count)
+            codes = quantisation.assign(x, centres, codes)
         setattr(self, f"centres_{bits}", centres)
         return codes

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vhabl import losses
 from vhabl.encoders import Encoder
-from vhabl.errors import bad_value
-from vhabl.layers import PlainNet
 from vhabl.methods.base import HashingMethod, check_nesting, stand_in
+from vhabl.nn import losses
+from vhabl.nn.layers import PlainNet
 from vhabl.settings import key
+from vhabl.system.errors import bad_value
 from vhabl.types import Batch, DataSpec, Inputs
 
 

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vhabl import losses
-from vhabl.codes import binarise
 from vhabl.encoders import Encoder
-from vhabl.errors import bad_value, fail
-from vhabl.layers import ClipBlock, CodeMemory, LengthHeads, ResidualMLP, last_tokens
 from vhabl.methods.base import HashingMethod, stand_in
+from vhabl.nn import losses
+from vhabl.nn.layers import ClipBlock, CodeMemory, LengthHeads, ResidualMLP, last_tokens
+from vhabl.nn.quantisation import binarise
 from vhabl.settings import key
+from vhabl.system.errors import bad_value, fail
 from vhabl.types import Batch, DataSpec, Embeddings, Inputs
 
 TEMPLATES = (

@@ -14,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vhabl import losses
 from vhabl.encoders import Encoder
-from vhabl.errors import bad_value
-from vhabl.layers import FusedHashNet, FusedNetSettings
 from vhabl.methods.base import (
     HashingMethod,
     check_centres,
@@ -30,7 +27,10 @@ from vhabl.methods.base import (
     stand_in,
     weighted,
 )
+from vhabl.nn import losses
+from vhabl.nn.layers import FusedHashNet, FusedNetSettings
 from vhabl.settings import key
+from vhabl.system.errors import bad_value
 from vhabl.types import Batch, DataSpec, Inputs
 
 

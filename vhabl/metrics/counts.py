@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vhabl.errors import fail
+from vhabl.system.errors import fail
 from vhabl.types import Codes
 
 WORD = 64  # bits of a packed word

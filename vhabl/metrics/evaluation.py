@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vhabl.errors import fail
 from vhabl.metrics import kernel_torch, reference
 from vhabl.metrics.counts import Packed, gains, pack_labels
 from vhabl.metrics.measures import HEADLINE, Measure, Tally, Ties
+from vhabl.system.errors import fail
 from vhabl.types import Codes
 
 Kernel = Literal["auto", "numba", "torch", "triton", "reference"]

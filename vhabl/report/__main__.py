@@ -6,9 +6,9 @@ import argparse
 from difflib import get_close_matches
 from pathlib import Path
 
-from vhabl import errors
 from vhabl.report import page, print_table
-from vhabl.runs import METRICS_FILE, WEIGHTS_FILE, read_records, require_alike
+from vhabl.system import errors
+from vhabl.training.run_folder import METRICS_FILE, WEIGHTS_FILE, read_records, require_alike
 
 
 def main(arguments: list[str]) -> int:

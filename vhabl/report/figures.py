@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vhabl.evaluator import CLASSIFIER, NOT_BINARY, Record, interval_scores, shown
+from vhabl.evaluation.records import CLASSIFIER, NOT_BINARY, Record, interval_scores, shown
 from vhabl.metrics.measures import ALL, RANKS
 from vhabl.report.plots import Line, Panel, category_panel
 from vhabl.types import Codes

@@ -11,7 +11,7 @@ import numpy as np
 
 from vhabl.data import items
 from vhabl.data.images import open_image
-from vhabl.evaluator import own_positions
+from vhabl.evaluation.records import own_positions
 from vhabl.metrics import hamming_distances
 from vhabl.settings import DataConfig
 from vhabl.types import Codes, Dataset, Stored

@@ -11,14 +11,14 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from vhabl import runs
-from vhabl.errors import VhablError, note
-from vhabl.evaluator import Record, own_positions
-from vhabl.files import write_text
+from vhabl.evaluation.records import Record, own_positions
 from vhabl.report import figures
 from vhabl.report.gallery import Gallery, Hit, Item, sample_of_queries
 from vhabl.report.plots import plot
 from vhabl.report.table import Table
+from vhabl.system.errors import VhablError, note
+from vhabl.system.files import write_text
+from vhabl.training import run_folder
 from vhabl.types import Codes, Dataset
 
 GALLERY_BITS = 64  # the length whose retrieved items are shown, where a run has it
@@ -67,7 +67,7 @@ def write(
         note(f"no codes and no retrieved items in the report: {reason}")
         inspected = Inspected([], [])
     drawn = [*figures.from_records(rows), *inspected.figures]
-    histories = {run.config.title: runs.read_history(run.folder) for run in first}
+    histories = {run.config.title: run_folder.read_history(run.folder) for run in first}
     if histories:
         drawn.append(figures.training_curves(histories))
     for figure in drawn:
@@ -110,22 +110,22 @@ def other_tables(rows: Sequence[Record]) -> list[Table]:
     return [Table(rows, measure, ties) for measure, ties in kept]
 
 
-def first_runs(folders: Sequence[Path]) -> list[runs.Run]:
+def first_runs(folders: Sequence[Path]) -> list[run_folder.Run]:
     """The run of the lowest seed of each recipe. Raises VhablError where one is damaged."""
-    found: dict[str, runs.Run] = {}
-    for run in sorted(map(runs.load, folders), key=lambda run: run.config.seed):
+    found: dict[str, run_folder.Run] = {}
+    for run in sorted(map(run_folder.load, folders), key=lambda run: run.config.seed):
         found.setdefault(run.config.title, run)
     return list(found.values())
 
 
-def inspect(first: Sequence[runs.Run], overrides: Sequence[str]) -> Inspected:
+def inspect(first: Sequence[run_folder.Run], overrides: Sequence[str]) -> Inspected:
     """Encode with each run and look at its codes. Raises VhablError where data are missing."""
     importance: dict[str, np.ndarray | None] = {}
     longest: dict[str, dict[str, Codes]] = {}
     galleries: list[Section] = []
     gallery: Gallery | None = None
     seen: dict[str, None] = {}
-    for run, data, codes in runs.encoded(first, None, overrides):
+    for run, data, codes in run_folder.encoded(first, None, overrides):
         title = run.config.title
         weights = run.method.bit_importance()
         importance[title] = None if weights is None else weights.cpu().numpy()
@@ -154,7 +154,7 @@ def describe(data: Dataset) -> str:
     )
 
 
-def describe_inputs(run: runs.Run) -> str:
+def describe_inputs(run: run_folder.Run) -> str:
     """What a run's method sees of an item, in words."""
     spec = run.method.spec
     if run.config.encoder.name == "clip":

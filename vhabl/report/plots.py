@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vhabl.files import atomic_path
+from vhabl.system.files import atomic_path
 
 # Okabe & Ito (2008), each with a marker of its own so that colour is never the only sign; the
 # second round has dashed lines and other markers.

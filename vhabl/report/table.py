@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vhabl.evaluator import CLASSIFIER, NOT_BINARY, Record, shown
-from vhabl.published import Published, published
+from vhabl.evaluation.records import CLASSIFIER, NOT_BINARY, Record, shown
+from vhabl.report.published import Published, published
 
 PUBLISHED = "published"  # in the column of the database
 BELOW = "†"

@@ -17,11 +17,11 @@ import json
 from pathlib import Path
 from unicodedata import category
 
-from vhabl import errors
 from vhabl.data.table import read_items
-from vhabl.search.approximate import GRAPHS
 from vhabl.search.engine import ENGINES, MODES
+from vhabl.search.faiss_index import GRAPHS
 from vhabl.search.index import Index
+from vhabl.system import errors
 
 LONGEST = 200  # characters of a caption that are printed
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, NoReturn, Protocol, get_args
 
 import numpy as np
 
-from vhabl.errors import VhablError, brief, fail
 from vhabl.search.where import Filter
+from vhabl.system.errors import VhablError, brief, fail
 
 FORMAT = 2
 META = "index.json"
@@ -47,7 +47,7 @@ class Items:
     """What an index keeps of items beside their codes.
 
     labels: [N, C] of 0 and 1; choices: numbers of the centres that stand for an item's features,
-    {view: [N, M]}, of a method with dictionaries (`vhabl.codebooks`).
+    {view: [N, M]}, of a method with dictionaries (`vhabl.nn.quantisation`).
     """
 
     ids: Sequence[str]

@@ -21,16 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vhabl import codebooks
 from vhabl.codes import pack
 from vhabl.config import load_data_config
 from vhabl.data import Collection, collection
 from vhabl.data.images import Picture
 from vhabl.encode import Images, Model, Texts, read_codes
 from vhabl.encode import load as load_model
-from vhabl.errors import bad_value, fail, plural
 from vhabl.metrics import integer_weights
-from vhabl.search import approximate, scan, store
+from vhabl.nn import quantisation
+from vhabl.search import faiss_index, scan, store, tuning
 from vhabl.search.engine import (
     ABOUT,
     ENGINES,
@@ -44,6 +43,7 @@ from vhabl.search.engine import (
     read_meta,
 )
 from vhabl.search.where import parse
+from vhabl.system.errors import bad_value, fail, plural
 from vhabl.types import take
 
 
@@ -88,7 +88,7 @@ class Index:
         overrides: Sequence[str] = (),
         device: str = "auto",
         progress_bar: bool = False,
-        graphs: Sequence[approximate.Graph] = (),
+        graphs: Sequence[faiss_index.Graph] = (),
         engine: str = "folder",
         uri: str = "",
         codes: str | Path | None = None,
@@ -111,8 +111,8 @@ class Index:
                 f"graphs {' and '.join(graphs)}", "Milvus has indexes of its own", "Leave them out"
             )
         for kind in graphs:
-            if kind not in approximate.GRAPHS:
-                bad_value("graphs", repr(kind), " or ".join(approximate.GRAPHS))
+            if kind not in faiss_index.GRAPHS:
+                bad_value("graphs", repr(kind), " or ".join(faiss_index.GRAPHS))
         if uri and engine != "milvus":
             do = "Leave it out, or choose that engine"
             fail(f"uri {uri!r}", "the engine milvus alone has one", do)
@@ -156,7 +156,7 @@ class Index:
             features = {view: rows[order] for view, rows in encoded.features.items()}
             built = store.create(
                 folder, about, encoded.codes, _with_choices(items, encoded, centres),
-                partial(approximate.measure, features=features), graphs,
+                partial(tuning.measure, features=features), graphs,
                 None if centres is None else centres.cpu().numpy(),
             )  # fmt: skip
         index = cls(built, device)
@@ -240,7 +240,7 @@ class Index:
             bad_value("bits", bits, f"{whole}, the only length of this index")
         if not isinstance(bits, Integral) or not 1 <= bits <= whole:
             bad_value("bits", bits, f"a length from 1 to {whole}, which the index has")
-        if mode in approximate.GRAPHS or not self.engine.prefixes:
+        if mode in faiss_index.GRAPHS or not self.engine.prefixes:
             bad_value("bits", bits, f"{whole}: mode {mode} of this index compares whole codes")
         return int(bits)
 
@@ -386,7 +386,7 @@ def _with_choices(items: Items, encoded: Encoded, centres: torch.Tensor | None) 
         return items
     kind = np.uint8 if centres.shape[1] <= 256 else np.uint16
     choices = {
-        view: codebooks.assign(torch.from_numpy(rows), centres.cpu()).numpy().astype(kind)
+        view: quantisation.assign(torch.from_numpy(rows), centres.cpu()).numpy().astype(kind)
         for view, rows in encoded.features.items()
     }
     return replace(items, choices=choices)

@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vhabl.errors import VhablError, brief, fail
-from vhabl.files import beside, write_json
 from vhabl.search.engine import (
     FORMAT,
     META,
@@ -36,6 +34,8 @@ from vhabl.search.engine import (
 )
 from vhabl.search.store import hashes
 from vhabl.search.where import Filter
+from vhabl.system.errors import VhablError, brief, fail
+from vhabl.system.files import beside, write_json
 
 T = TypeVar("T")
 

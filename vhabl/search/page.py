@@ -38,9 +38,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vhabl.data.images import FORMATS, open_image
-from vhabl.errors import VhablError, bad_value, fail
 from vhabl.search.engine import Hit, Mode
 from vhabl.search.index import Index
+from vhabl.system.errors import VhablError, bad_value, fail
 
 WEB = Path(__file__).parent / "web"
 LOCAL = ("127.0.0.1", "localhost")

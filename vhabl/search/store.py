@@ -21,10 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from vhabl.errors import fail, plural
-from vhabl.evaluator import SHORTLIST
-from vhabl.files import alone, atomic_path, beside, named, open_array, write_json
-from vhabl.search import approximate, scan
+from vhabl.evaluation.records import SHORTLIST
+from vhabl.search import faiss_index, scan
 from vhabl.search.engine import (
     FORMAT,
     META,
@@ -38,6 +36,8 @@ from vhabl.search.engine import (
     read_meta,
     refuse_id,
 )
+from vhabl.system.errors import fail, plural
+from vhabl.system.files import alone, atomic_path, beside, named, open_array, write_json
 
 TEXTS = ("ids", "captions", "images")
 CENTRES = "centres.npy"
@@ -146,7 +146,7 @@ class Segment:
         if (view, kind) not in self._graphs:
             name = f"{kind}_{view}.faiss"
             verify(self.folder / name, self.meta["files"][name])
-            self._graphs[view, kind] = approximate.load(self.folder / name)
+            self._graphs[view, kind] = faiss_index.load(self.folder / name)
         return self._graphs[view, kind]
 
     def allowed(self, view: str, chosen: np.ndarray | None) -> np.ndarray | None:
@@ -170,7 +170,7 @@ class Segment:
 
 
 def write_segment(
-    folder: Path, codes: dict[str, np.ndarray], items: Items, graphs: Sequence[approximate.Graph]
+    folder: Path, codes: dict[str, np.ndarray], items: Items, graphs: Sequence[faiss_index.Graph]
 ) -> dict[str, Any]:
     """Write packed codes {view: [N, B]} and their items into an empty folder; its description."""
     count = len(items.ids)
@@ -187,7 +187,7 @@ def write_segment(
         np.save(folder / f"codes_{view}.npy", packed)
         np.save(folder / f"starts_{view}.npy", starts)
         for kind in graphs:
-            approximate.write(approximate.build(packed, kind), folder / f"{kind}_{view}.faiss")
+            faiss_index.write(faiss_index.build(packed, kind), folder / f"{kind}_{view}.faiss")
     assert order is not None
     labels = np.packbits(items.labels[order] > 0, axis=1, bitorder="little")
     np.save(folder / "labels.npy", labels)
@@ -365,7 +365,7 @@ class Store:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distances, segments and items [Q, top] of the nearest for packed codes [Q, B], by their
         first bits; -1 where there are fewer. mode and setting: `prefix`, `ivf` or `hnsw` and what
-        `vhabl.search.approximate` says of them; else the scan is exact. chosen: for each segment,
+        `vhabl.search.faiss_index` says of them; else the scan is exact. chosen: for each segment,
         which items take part; weights: of each bit, for the exact scan.
         """
         words = scan.to_words(query)
@@ -377,9 +377,9 @@ class Store:
                 limit = math.ceil(setting * segment.size)
                 starts = segment.starts[view]
                 distance, rows = scan.by_prefix(words, whole, starts, bits, top, limit, allowed)
-            elif mode in approximate.GRAPHS:
+            elif mode in faiss_index.GRAPHS:
                 graph = segment.graph(view, mode)
-                distance, rows = approximate.nearest(graph, query, top, setting, allowed)
+                distance, rows = faiss_index.nearest(graph, query, top, setting, allowed)
                 possible = segment.size if allowed is None else int(allowed.sum())
                 few = (rows >= 0).sum(axis=1) < min(top, possible)
                 if few.any():  # a filter left out what it found, or it met too few
@@ -490,7 +490,7 @@ def create(
     codes: dict[str, np.ndarray],
     items: Items,
     measure: Callable[[Store], dict[str, Any]],
-    graphs: Sequence[approximate.Graph] = (),
+    graphs: Sequence[faiss_index.Graph] = (),
     centres: np.ndarray | None = None,
 ) -> Store:
     """Write a new index: whole, or not at all. about: what `index.json` says beside; it has views,
@@ -521,7 +521,7 @@ def create(
 
 
 def _write_folder(
-    folder: Path, codes: dict[str, np.ndarray], items: Items, graphs: Sequence[approximate.Graph]
+    folder: Path, codes: dict[str, np.ndarray], items: Items, graphs: Sequence[faiss_index.Graph]
 ) -> dict[str, Any]:
     """A segment in a folder that is there whole or not at all."""
     temporary = beside(folder)

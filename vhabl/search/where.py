@@ -14,7 +14,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from vhabl.errors import fail
+from vhabl.system.errors import fail
 
 _TOKEN = re.compile(r"\s*(?:('(?:[^']|'')*')|(\"(?:[^\"]|\"\")*\")|(!=|=|\(|\)|,)|(\w+)|(\S))")
 DEEPEST = 50  # brackets and negations in each other

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from vhabl.errors import fail
 from vhabl.settings import OptimConfig
+from vhabl.system.errors import fail
 
 Model = TypeVar("Model", bound=nn.Module)
 

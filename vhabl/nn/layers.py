@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vhabl.codes import binarise
-from vhabl.errors import bad_value
+from vhabl.nn.quantisation import binarise
 from vhabl.settings import key
+from vhabl.system.errors import bad_value
 from vhabl.types import Embeddings
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vhabl.apart import read_apart
-from vhabl.errors import brief, fail
-from vhabl.files import check_archive
+from vhabl.system.apart import read_apart
+from vhabl.system.errors import brief, fail
+from vhabl.system.files import check_archive
 
 EXPECTED = "a state dict of tensors (.pth), safetensors, or a TorchScript archive as OpenAI's"
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import yaml
 
-from vhabl.files import PROJECT
+from vhabl.system.files import PROJECT
 
 FILE = PROJECT / "configs" / "published.yaml"
 # How data sets are called in the names of files and folders.

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from vhabl.codes import texts
-from vhabl.errors import fail, plural
-from vhabl.files import atomic_path, check_archive
+from vhabl.codes.files import texts
+from vhabl.system.errors import fail, plural
+from vhabl.system.files import atomic_path, check_archive
 from vhabl.types import Embedded, Rows, Stored
 
 BLOCK = 1024  # items that a signature reads at once

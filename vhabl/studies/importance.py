@@ -1,8 +1,8 @@
 """Does learned bit importance work? Three experiments, one command each.
 
-    python -m vhabl.importance ranking data=wiki data.path=FILE --seeds 0 1 2
-    python -m vhabl.importance alone   data=wiki data.path=FILE --seeds 0 1 2
-    python -m vhabl.importance lengths data=wiki data.path=FILE --seeds 0
+    python -m vhabl.studies.importance ranking data=wiki data.path=FILE --seeds 0 1 2
+    python -m vhabl.studies.importance alone   data=wiki data.path=FILE --seeds 0 1 2
+    python -m vhabl.studies.importance lengths data=wiki data.path=FILE --seeds 0
 
 ranking: prefixes by the learned ranking against the same model's bits in random order, by variance,
     and greedily chosen on the validation split; and the interval analysis (bits 1-10, 11-20 ...).
@@ -25,17 +25,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vhabl import errors, methods
+from vhabl import methods
 from vhabl.config import CONFIG_DIR, Config, load, override
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
-from vhabl.evaluator import batches_in_order, code_tasks, interval_scores, score
-from vhabl.files import write_text
+from vhabl.evaluation.records import batches_in_order, code_tasks, interval_scores, score
 from vhabl.methods.base import HashingMethod
 from vhabl.metrics import average_precision
 from vhabl.metrics.hamming import shared_labels
 from vhabl.report.plots import category_panel, plot
-from vhabl.trainer import Trainer
+from vhabl.system import errors
+from vhabl.system.files import write_text
+from vhabl.training.trainer import Trainer
 from vhabl.types import Codes, Dataset
 
 PREFIXES = (8, 16, 32, 64)
@@ -207,7 +208,7 @@ def write(folder: Path, experiment: str, rows: Sequence[Row], title: str) -> Non
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vhabl.importance",
+        prog="python -m vhabl.studies.importance",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

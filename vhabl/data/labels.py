@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vhabl.errors import fail, plural
+from vhabl.system.errors import fail, plural
 
 
 def as_labels(

@@ -12,8 +12,8 @@ import numpy as np
 import scipy.io
 import scipy.sparse
 
-from vhabl.apart import BLOCK, Blocks, read_apart
-from vhabl.errors import fail
+from vhabl.system.apart import BLOCK, Blocks, read_apart
+from vhabl.system.errors import fail
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _EXPECTED = "a MATLAB 5 or 7.3 file"
@@ -46,9 +46,9 @@ def read_mat(
 
     Version 7.3 stores each array transposed; it is turned back here. Sparse matrices become dense;
     cell arrays of strings become object arrays of str, rows of char matrices texts without the
-    blanks at their ends. keys: read these only, where present. The
-    file is read by another process (`vhabl.apart`). Raises VhablError where it is missing, damaged
-    or of another kind, which says what was expected.
+    blanks at their ends. keys: read these only, where present. The file is read by another
+    process (`vhabl.system.apart`). Raises VhablError where it is missing, damaged or of another
+    kind, which says what was expected.
     """
     wanted = None if keys is None else set(keys)
     read = _read_hdf5 if is_hdf5(path, expected) else _read_v5

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vhabl import codebooks
 from vhabl.data import without
 from vhabl.data.images import read, rows_in_order
-from vhabl.errors import note, plural
 from vhabl.methods.base import HashingMethod
 from vhabl.metrics import (
     HEADLINE,
@@ -27,6 +25,8 @@ from vhabl.metrics import (
     evaluate,
     evaluate_orders,
 )
+from vhabl.nn import quantisation
+from vhabl.system.errors import note, plural
 from vhabl.types import Batch, Codes, Dataset, Split
 
 CLASSIFIER = "linear classifier"  # titles by which a table knows the reference rows
@@ -296,11 +296,11 @@ def _by_centres(method: HashingMethod, bits: int, features: Codes) -> Searches:
     assert centres is not None
     centres = centres.cpu()
     query, database = torch.from_numpy(features.query), torch.from_numpy(features.database)
-    coded = codebooks.assign(database, centres)
+    coded = quantisation.assign(database, centres)
     signs = [torch.where(side >= 0, 1.0, -1.0) for side in (query, database)]
 
     def values(number: int) -> np.ndarray:
-        return codebooks.scores(codebooks.tables(query[number], centres), coded).numpy()
+        return quantisation.scores(quantisation.tables(query[number], centres), coded).numpy()
 
     def two_stage(number: int) -> np.ndarray:
         by_distance = np.argsort(-(signs[1] @ signs[0][number]).numpy(), kind="stable")

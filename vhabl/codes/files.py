@@ -1,4 +1,4 @@
-"""Binary codes: the only sign(), packing to bits, and the code files in and out."""
+"""Code files, read and written: the releases' .mat layout, and .npz of packed bits."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import scipy.io
-import torch
-from torch import Tensor
 
-from vhabl.errors import brief, fail, note, plural
-from vhabl.files import atomic_path, check_archive
-from vhabl.labels import as_labels
-from vhabl.matfile import read_mat
+from vhabl.codes.bits import pack, unpack
+from vhabl.data.labels import as_labels
+from vhabl.data.matlab import read_mat
+from vhabl.system.errors import brief, fail, note, plural
+from vhabl.system.files import atomic_path, check_archive
 from vhabl.types import Codes
 
 _ORACLE = "oracle_labels"
@@ -21,30 +20,6 @@ _LAYOUT = (
     "a code file of val_B, retrieval_B, L_te, L_db (fused) or "
     "q_img, q_txt, r_img, r_txt, q_l, r_l (cross)"
 )
-
-
-def binarise(h: Tensor) -> Tensor:
-    """Codes of relaxed codes: +1 where h >= 0, else -1, in the shape and type of h."""
-    return torch.where(h >= 0, 1.0, -1.0).to(h.dtype)
-
-
-def pack(codes: np.ndarray) -> np.ndarray:
-    """+-1 codes [N, K] to bytes [N, ceil(K / 8)] uint8, little-endian bit order, zero padded.
-
-    >>> pack(np.array([[1, -1, 1, -1, -1, -1, -1, -1, 1]]))
-    array([[5, 1]], dtype=uint8)
-    """
-    return np.packbits(codes > 0, axis=1, bitorder="little")
-
-
-def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Bytes of `pack` to +-1 codes [N, bits] int8.
-
-    >>> unpack(np.array([[5, 1]], dtype=np.uint8), 9)
-    array([[ 1, -1,  1, -1, -1, -1, -1, -1,  1]], dtype=int8)
-    """
-    ones = np.unpackbits(packed, axis=1, count=bits, bitorder="little").astype(np.int8)
-    return 2 * ones - 1
 
 
 def mat_name(title: str, bits: int, data: str) -> str:

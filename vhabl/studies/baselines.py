@@ -1,7 +1,7 @@
 """Reference rows for every table, on the same features: chance, random projections (LSH), ITQ, and
 the labels that a linear classifier predicts.
 
-python -m vhabl.baselines data=emoji bits=[16,32,64,128]
+python -m vhabl.studies.baselines data=emoji bits=[16,32,64,128]
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vhabl import errors
 from vhabl.config import load_baselines
 from vhabl.data import load as load_data
 from vhabl.encoders import FeatureScaling
-from vhabl.evaluator import CLASSIFIER, Record, records, to_tasks
-from vhabl.files import write_json
+from vhabl.evaluation.records import CLASSIFIER, Record, records, to_tasks
 from vhabl.report import print_table
+from vhabl.system import errors
+from vhabl.system.files import write_json
 from vhabl.types import Codes, Dataset, Split
 
 
@@ -237,7 +237,7 @@ def _signs(x: np.ndarray) -> np.ndarray:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vhabl.baselines", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vhabl.studies.baselines", description=__doc__)
     parser.add_argument("--quiet", action="store_true", help="print no table")
     parser.add_argument(
         "overrides",

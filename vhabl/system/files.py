@@ -17,14 +17,14 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from vhabl.errors import VhablError, brief, describe_os_error, fail
+from vhabl.system.errors import VhablError, brief, describe_os_error, fail
 
 T = TypeVar("T")
 
 _BLOCK = 2**20  # bytes that show whether a disk is full
 _LEFT = 24 * 3600  # seconds without a change after which nobody makes a temporary file any more
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def locate(path: str | Path) -> Path:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vhabl import openclip
-from vhabl.errors import brief, fail
-from vhabl.files import locate
-from vhabl.weights import read_state
+from vhabl.encoders import open_clip
+from vhabl.encoders.weights import read_state
+from vhabl.system.errors import brief, fail
+from vhabl.system.files import locate
 
 NETWORKS = ("alexnet", "vgg16")
 SIDE = 224  # of the pictures that they were trained on
@@ -25,7 +25,7 @@ def build_network(name: str, weights: str, option: str) -> nn.Module:
     option: what precedes them where the user gives them, for messages. Raises VhablError where
     they are missing, damaged or of another network.
     """
-    openclip.mend_torchvision()  # before anything here imports from it
+    open_clip.mend_torchvision()  # before anything here imports from it
     from torchvision import models
 
     network: Any = models.get_model(name, weights=None)
@@ -56,7 +56,7 @@ def download(entry: Any, option: str) -> dict[str, Tensor]:
     file = PurePosixPath(entry.url).name
     try:
         state: dict[str, Tensor] = entry.get_state_dict(
-            model_dir=openclip.WEIGHTS_FOLDER, check_hash=True, map_location="cpu",
+            model_dir=open_clip.WEIGHTS_FOLDER, check_hash=True, map_location="cpu",
             weights_only=True,
         )  # fmt: skip
     except Exception as error:  # whatever a network raises

@@ -17,19 +17,19 @@ from zipfile import ZipFile
 import torch
 from tqdm import tqdm
 
-from vhabl.cache import frozen_outputs
 from vhabl.config import Config, build_method, first_difference, flat, from_yaml, to_yaml
 from vhabl.data import validation_split
 from vhabl.data.images import read
 from vhabl.encoders import digest_of
-from vhabl.errors import Stopped, VhablError, bad_value, brief, fail
-from vhabl.evaluator import batches_in_order, validation_score
-from vhabl.files import atomic_path, check_archive
+from vhabl.evaluation.records import batches_in_order, validation_score
 from vhabl.methods.base import HashingMethod
-from vhabl.optim import WeightMean, build_optimizer, clip_gradients, set_rate
-from vhabl.ranks import ALONE, Ranks
-from vhabl.scalars import ScalarLog
-from vhabl.stopping import StopRequests
+from vhabl.system.distributed import ALONE, Ranks
+from vhabl.system.errors import Stopped, VhablError, bad_value, brief, fail
+from vhabl.system.files import atomic_path, check_archive
+from vhabl.training.feature_cache import frozen_outputs
+from vhabl.training.interrupts import StopRequests
+from vhabl.training.optim import WeightMean, build_optimizer, clip_gradients, set_rate
+from vhabl.training.tensorboard import ScalarLog
 from vhabl.types import Batch, CropStore, Dataset, Inputs, Rows
 
 STATE_FILE = "state.pt"

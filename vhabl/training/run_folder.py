@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vhabl.cache import frozen_outputs
 from vhabl.config import (
     Config,
     build_method,
@@ -40,12 +39,13 @@ from vhabl.config import (
 )
 from vhabl.data import load as load_data
 from vhabl.encoders import digest_of
-from vhabl.errors import brief, fail
-from vhabl.evaluator import Record, code_tasks
-from vhabl.files import PROJECT, atomic_path, read_rows, write_json, write_text
+from vhabl.evaluation.records import Record, code_tasks
 from vhabl.methods.base import HashingMethod
 from vhabl.settings import DataConfig, EncoderConfig
-from vhabl.trainer import pick_device
+from vhabl.system.errors import brief, fail
+from vhabl.system.files import PROJECT, atomic_path, read_rows, write_json, write_text
+from vhabl.training.feature_cache import frozen_outputs
+from vhabl.training.trainer import pick_device
 from vhabl.types import Codes, Dataset, DataSpec
 
 WEIGHTS_FILE = "weights.safetensors"

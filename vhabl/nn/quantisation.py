@@ -1,4 +1,5 @@
-"""Composite quantisation: a vector as the sum of one centre from each of several dictionaries.
+"""Signs, and composite quantisation: a vector as the sum of one centre from each of several
+dictionaries.
 
 Zhang, Du & Wang, Composite quantization for approximate nearest neighbor search, ICML 2014. M
 dictionaries of J centres of width d are one tensor [M, J, d]; the code of a vector is the number of
@@ -14,6 +15,11 @@ from torch import Tensor
 EPSILON = 1e-3  # keeps the centres of one that nothing takes finite
 SWEEPS = 3  # of iterated conditional modes
 BLOCK = 16384  # vectors at a time
+
+
+def binarise(h: Tensor) -> Tensor:
+    """Codes of relaxed codes: +1 where h >= 0, else -1, in the shape and type of h."""
+    return torch.where(h >= 0, 1.0, -1.0).to(h.dtype)
 
 
 def begin(x: Tensor, dictionaries: int, centres: int, seed: int = 0) -> Tensor:

@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from vhabl.errors import VhablError, brief, fail
-from vhabl.files import most_content
+from vhabl.system.errors import VhablError, brief, fail
+from vhabl.system.files import most_content
 
 BLOCK = 2**24  # bytes of an array that are handed over at once
 PIPE = 2**20  # bytes between the processes, where the system lets us choose

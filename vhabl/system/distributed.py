@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vhabl.errors import Stopped, VhablError, brief, describe_os_error, exit_code, fail
+from vhabl.system.errors import Stopped, VhablError, brief, describe_os_error, exit_code, fail
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from vhabl.errors import note
+from vhabl.system.errors import note
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

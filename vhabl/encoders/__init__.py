@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vhabl import cnn, openclip
-from vhabl.errors import bad_value, note, plural
-from vhabl.layers import ClipBlock, last_tokens
-from vhabl.ranks import ALONE, GlobalBatchNorm, Ranks
+from vhabl.encoders import cnn, open_clip
+from vhabl.nn.layers import ClipBlock, last_tokens
 from vhabl.settings import EncoderConfig
+from vhabl.system.distributed import ALONE, GlobalBatchNorm, Ranks
+from vhabl.system.errors import bad_value, note, plural
 from vhabl.types import DataSpec, Embeddings, Inputs, Split
 
 #: What a method uses beside pooled vectors: nothing; patches and words in the joint space; or the
@@ -330,11 +330,11 @@ class ClipEncoder(PixelEncoder):
     def __init__(self, config: EncoderConfig, tokens: Tokens, pretrained: bool = True) -> None:
         super().__init__(
             config,
-            openclip.picture_size(config.model),
-            openclip.normalisation(config.model, config.weights),
+            open_clip.picture_size(config.model),
+            open_clip.normalisation(config.model, config.weights),
         )
         self.tokens = tokens
-        self.clip = openclip.build_towers(config.model, config.weights, pretrained)
+        self.clip = open_clip.build_towers(config.model, config.weights, pretrained)
         longest = len(self.clip.positional_embedding)
         if not 3 <= config.words <= longest:
             bad_value("encoder.words", config.words, f"from 3 to {longest}")
@@ -379,7 +379,7 @@ class ClipEncoder(PixelEncoder):
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Tensor:
-        ids = torch.from_numpy(openclip.tokenise(texts, self.config.words)[0])
+        ids = torch.from_numpy(open_clip.tokenise(texts, self.config.words)[0])
         mode = self.training
         self.eval()
         parts = ids.to(self.mean.device).split(self.batch)

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vhabl import openclip
-from vhabl.apart import read_apart
 from vhabl.data.images import ImageFiles, read, rows_in_order
-from vhabl.encoders import Encoder, PixelEncoder
-from vhabl.errors import brief, fail, note
-from vhabl.files import atomic_path
+from vhabl.encoders import Encoder, PixelEncoder, open_clip
 from vhabl.settings import EncoderConfig
+from vhabl.system.apart import read_apart
+from vhabl.system.errors import brief, fail, note
+from vhabl.system.files import atomic_path
 from vhabl.types import Dataset, Rows, Split, Store
 
 VERSION = 5  # of the file's layout and of how its content is computed
@@ -52,7 +51,7 @@ def frozen_outputs(
     made_with = _made_with(encoder, stores)
     depth = "frozen" if not encoder.tuned else f"last{encoder.tuned}"
     content = {"joint": "tokens"}.get(encoder.tokens, encoder.tokens) or "pooled"
-    name = f"{data.name}-{openclip.name_of(config.model)}-{depth}-{content}.h5"
+    name = f"{data.name}-{open_clip.name_of(config.model)}-{depth}-{content}.h5"
     path = Path(config.cache) / name
     here = encoder.ranks
     kept = _open(path, made_with, stores)

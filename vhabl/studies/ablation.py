@@ -1,6 +1,6 @@
 """Switch off each part of a method, one at a time: what is it worth?
 
-python -m vhabl.ablation --config configs/vh_abl.yaml data=wiki data.path=FILE --seeds 0 1 2
+python -m vhabl.studies.ablation --config configs/vh_abl.yaml data=wiki data.path=FILE --seeds 0 1 2
 
 The parts are the loss terms (`model.weights.*`) and the settings in `SWITCHES` that the recipe has.
 With --towards OTHER they are the keys that another recipe of the method sets otherwise, such as
@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vhabl import errors
 from vhabl.config import Config, flat, load, override, to_yaml
 from vhabl.data import load as load_data
 from vhabl.data import validation_split
-from vhabl.evaluator import code_tasks
-from vhabl.files import read_rows, write_json, write_text
+from vhabl.evaluation.records import code_tasks
 from vhabl.metrics import evaluate
-from vhabl.trainer import Trainer
+from vhabl.system import errors
+from vhabl.system.files import read_rows, write_json, write_text
+from vhabl.training.trainer import Trainer
 from vhabl.types import Dataset
 
 WHOLE = "whole"
@@ -162,7 +162,7 @@ def _by_seed(rows: Sequence[Row], variant: str) -> dict[int, float]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vhabl.ablation",
+        prog="python -m vhabl.studies.ablation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -206,7 +206,7 @@ def main(arguments: list[str]) -> int:
                 part = validation_split(data, config.validation.fraction or 0.2, seed)
                 own = override(own, ["validation.fraction=0"])
             write_json(kept, [asdict(row) for row in measure(own, part, name, seed)])
-        rows += read_rows(kept, Row, "vhabl.ablation")
+        rows += read_rows(kept, Row, "vhabl.studies.ablation")
     on = "validation" if given.validation else "test"
     title = (
         f"{config.title} on {config.data.name}, mAP@all on {on} queries, {len(given.seeds)} seeds"

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vhabl.errors import VhablError, bad_value, brief, fail, note
-from vhabl.files import locate
-from vhabl.weights import read_state
+from vhabl.encoders.weights import read_state
+from vhabl.system.errors import VhablError, bad_value, brief, fail, note
+from vhabl.system.files import locate
 
 WEIGHTS_FOLDER = "cache"  # where open_clip's downloads go
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives

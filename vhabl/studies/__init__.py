@@ -1,0 +1,1 @@
+"""Commands that measure methods: reference rows, parts, rankings."""
