@@ -1,17 +1,36 @@
 """Packaging of vhabl. The README's table gives the reason for each dependency."""
 
+import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+VERSION = re.search('__version__ = "(.*)"', (ROOT / "vhabl" / "__init__.py").read_text())[1]
+
+
+class Build(build_py):
+    """The package, with the recipes and the shipped data set in it."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for part in ("configs", "dataset/emoji"):
+                shutil.copytree(part, Path(self.build_lib, "vhabl", part), dirs_exist_ok=True)
+
 
 # The embedded engine of 3.x has no binary vectors; that of 2.5 imports pkg_resources.
 MILVUS = ["pymilvus>=2.6,<3", "milvus-lite==2.5.1", "setuptools>=77,<82"]
 
 setup(
     name="vhabl",
-    version="0.1.0",
+    version=VERSION,
+    cmdclass={"build_py": Build},
+    entry_points={"console_scripts": ["vhabl = vhabl.__main__:run"]},
     description="Binary codes for image-text pairs: five hashing methods, exact evaluation, search",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",

@@ -199,7 +199,7 @@ def test_a_report_of_odd_files(
 
 def test_names_that_are_no_text_are_printed() -> None:
     """File names may hold any bytes; results with such a name are not lost."""
-    program = "from vhabl import errors; errors.run(lambda _: print('caf\\udce9.png'))"
+    program = "from vhabl.system import errors; errors.run(lambda _: print('caf\\udce9.png'))"
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

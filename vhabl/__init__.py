@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vhabl.encode import Model
 
+__version__ = "0.2.0"
 
 # torch's threads spin while they wait for each other and take cores from other processes. With a
 # tenth of libgomp's default, two threads beside two other processes on 2 cores train VH-ABL on Wiki

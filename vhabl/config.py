@@ -35,9 +35,10 @@ from vhabl.settings import (
     key,
 )
 from vhabl.system.errors import VhablError, bad_value, brief, fail
+from vhabl.system.files import PROJECT
 from vhabl.types import DataSpec
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_DIR = PROJECT / "configs"
 COMMAND_LINE = "command line"
 LONGEST = 2**18  # characters of a YAML text: a parser in Python takes seconds for more
 
@@ -126,15 +127,22 @@ class BaselineConfig:
 
 
 def load(path: str | Path, overrides: list[str]) -> Config:
-    """Read a recipe, apply dotted overrides, and check every key, type and value.
+    """Read a recipe (a file, or the name of one in configs/), apply dotted overrides, and check
+    every key, type and value.
 
     Raises VhablError naming the file or key, what was found and what was expected.
     """
-    path = Path(path)
+    path = _recipe(path)
     recipe = _read_yaml(path)
     given = _parse_overrides(overrides)
     types = _config_types(given.get("method", recipe.get("method")), path)
-    return _build_config(types, _layers(recipe, given, path), path)
+    config = _build_config(types, _layers(recipe, given, path), path)
+    data = Path(config.data.path)
+    if data.exists() and PROJECT not in data.resolve().parents:  # found from any folder later
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, path=str(data.resolve()))
+        )
+    return config
 
 
 def load_baselines(overrides: list[str]) -> BaselineConfig:
@@ -204,7 +212,7 @@ def describe_keys(recipe: str | Path | None) -> str:
     lines = _describe(Config, "")
     if recipe is None:
         return "\n".join([*lines, "\n--config RECIPE --help also lists the keys of its method"])
-    method = _known_method(_read_yaml(Path(recipe)).get("method"), recipe)
+    method = _known_method(_read_yaml(_recipe(recipe)).get("method"), recipe)
     own = _describe(methods.get(method).Settings, "model.")
     return "\n".join([*lines, f"\nkeys of method {method}:", *own])
 
@@ -225,6 +233,12 @@ def build_method(config: Config, spec: DataSpec, pretrained: bool = True) -> Has
 
 def data_names() -> list[str]:
     return sorted(p.stem for p in (CONFIG_DIR / "data").glob("*.yaml"))
+
+
+def _recipe(name: str | Path) -> Path:
+    """A recipe's file, of its path or of its name in configs/."""
+    named = CONFIG_DIR / f"{name}.yaml"
+    return named if named.is_file() and not Path(name).is_file() else Path(name)
 
 
 def recipes() -> list[Path]:
@@ -309,11 +323,16 @@ def _layers(recipe: dict[str, Any], given: dict[str, Any], where: object) -> lis
         )
     if given.get("protocol", recipe.get("protocol")) == "own":
         chosen = own_data.get(chosen, chosen)
-    path = CONFIG_DIR / "data" / f"{chosen}.yaml"
-    if not data_names():
-        fail(path.parent, "no such folder", "Install vhabl in its clone: pip install -e .")
-    if chosen not in data_names():
-        bad_value("data", repr(chosen), f"one of {', '.join(data_names())}")
+    if str(chosen).endswith(".yaml"):  # the user's own, whose path is meant from its folder
+        path = Path(str(chosen))
+        described = _read_yaml(path)
+        described["path"] = str(path.parent / str(described.get("path", "")))
+        chosen = path.stem
+    elif chosen in data_names():
+        path = CONFIG_DIR / "data" / f"{chosen}.yaml"
+        described = _read_yaml(path)
+    else:
+        bad_value("data", repr(chosen), f"a .yaml file, or one of {', '.join(data_names())}")
     if not isinstance(for_data, dict):
         bad_value(
             f"{where}: for_data", f"a {type(for_data).__name__}", "overrides by names of data sets"
@@ -322,7 +341,7 @@ def _layers(recipe: dict[str, Any], given: dict[str, Any], where: object) -> lis
     if not isinstance(special, dict):
         bad_value(f"{where}: for_data.{chosen}", f"a {type(special).__name__}", "keys with values")
     return [
-        (path, _flatten({"data": _read_yaml(path)})),
+        (path, _flatten({"data": described})),
         (where, _flatten(recipe)),
         (f"{where}: for_data.{chosen}", _flatten(special)),
         (COMMAND_LINE, given),

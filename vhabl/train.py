@@ -48,7 +48,9 @@ def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset]
         add_help=False,
         description="Train a method from a YAML recipe.",
     )
-    parser.add_argument("--config", metavar="FILE", help="a recipe, such as configs/vh_abl.yaml")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="a file, or the name of one in configs/, such as vh_abl"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the result and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--no-table", action="store_true", help="no table at the end")
@@ -62,12 +64,14 @@ def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset]
     given = parser.parse_intermixed_args(arguments)
     if given.help:
         print(parser.format_help())
-        print("keys, with [default]; data=NAME reads configs/data/NAME.yaml:")
+        print(
+            "keys, with [default]; data=NAME reads configs/data/NAME.yaml, data=FILE.yaml a file:"
+        )
         print(describe_keys(given.config))
         return None
     if not given.config:
         known = ", ".join(recipe.stem for recipe in recipes())
-        errors.fail("--config", "it is missing", f"Add --config configs/NAME.yaml, of {known}")
+        errors.fail("--config", "it is missing", f"Add --config NAME, of {known}")
     config = load(given.config, given.overrides)
     if given.print_config:
         print(to_yaml(config), end="")

@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a recipe")
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]"
     )

@@ -24,11 +24,13 @@ T = TypeVar("T")
 _BLOCK = 2**20  # bytes that show whether a disk is full
 _LEFT = 24 * 3600  # seconds without a change after which nobody makes a temporary file any more
 
-PROJECT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Where configs/ and dataset/emoji/ are: in the package where it is installed, else in the clone.
+PROJECT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 
 def locate(path: str | Path) -> Path:
-    """A path as given, or, where that does not exist, the same path below the project's folder."""
+    """A path as given, or, where that does not exist, the same path below `PROJECT`."""
     path = Path(path)
     below_project = PROJECT / path
     return below_project if not path.exists() and below_project.exists() else path

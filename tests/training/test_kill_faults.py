@@ -12,7 +12,7 @@ import pytest
 
 from vhabl.system.files import beside, write_json
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("VHABL_KILLS", "3"))  # of each work
 SEED = int(os.environ.get("VHABL_SEED", "0"))
 
@@ -24,7 +24,7 @@ def test_killed_work_ends_as_any_other(work: str) -> None:
     """The files are those of a run that nothing disturbed, bit for bit, and no finished epoch is
     trained again, but for one whose state was not yet stored.
     """
-    command = [sys.executable, str(HERE / "killing.py"), work, str(KILLS), str(SEED)]
+    command = [sys.executable, str(HERE / "kill_faults.py"), work, str(KILLS), str(SEED)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{work}: {KILLS} kills" in done.stdout

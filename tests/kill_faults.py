@@ -1,5 +1,5 @@
 """Kill a piece of work at random moments, run the same command to its end, and compare that with a
-run that nothing disturbed: python tests/killing.py WORK KILLS SEED, in an empty folder.
+run that nothing disturbed: python tests/kill_faults.py WORK KILLS SEED, in an empty folder.
 
 A process of its own, which forks for each try: what it imports is there at once, and no thread of
 another test is.

@@ -52,7 +52,7 @@ from vhabl.metrics.measures import (
 from vhabl.system.errors import VhablError
 from vhabl.types import Codes
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickrhashcode"
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickrhashcode"
 TIES: tuple[Ties, ...] = ("expected", "index", "best", "worst")
 OVER_ALL = tuple(m for m in MEASURES if m.name == "mAP@all")
 

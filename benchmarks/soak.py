@@ -1,7 +1,7 @@
 """Work that goes on for long: does its memory grow, or anything that it holds or writes?
 
-python scripts/soak.py page [--minutes 10] [--clients 16]    the search page, asked by many at once
-python scripts/soak.py train [--epochs 2000]                 a training run with validation
+python benchmarks/soak.py page [--minutes 10] [--clients 16]   the search page, many clients at once
+python benchmarks/soak.py train [--epochs 2000]                a training run with validation
 
 Both work on the shipped data set in a temporary folder. Exit code 1 where memory, open files or
 threads grow beyond what is stated here, or the page gives an answer that it should not.

@@ -26,8 +26,8 @@ from helpers import (
     write_feature_file,
     write_pair_folder,
 )
-from sharing import still_network, train_all
 from torch import nn
+from torchrun_train import still_network, train_all
 
 from vhabl import train
 from vhabl.config import CONFIG_DIR, Config, to_yaml
@@ -117,7 +117,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("ranks")
     for name, config in recipes(folder).items():
         (folder / f"{name}.yaml").write_text(to_yaml(config), encoding="utf-8")
-    two = torchrun(ROOT / "tests" / "sharing.py", folder)
+    two = torchrun(ROOT / "tests" / "torchrun_train.py", folder)
     code, _, err = ended(two)
     assert code == 0, err
     kept = folder / "cache" / "emoji-towers-frozen-hidden.h5"

@@ -34,7 +34,7 @@ from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.system.errors import VhablError
 from vhabl.types import Inputs, Split
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import make_coco
 import make_flickr
 import make_nuswide

@@ -15,7 +15,7 @@ from vhabl.system.errors import VhablError
 from vhabl.system.files import atomic_path
 from vhabl.training.tensorboard import ScalarLog
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1]
 STRIKES = int(os.environ.get("VHABL_STRIKES", "2"))  # of each work and kind
 OWN_DISK = ["unshare", "--user", "--map-root-user", "--mount"]
 MOUNTS = ["sh", "-c", "mount -t tmpfs -o size=1m none . && mount -o remount,ro ."]
@@ -41,7 +41,7 @@ def test_a_disk_that_can_no_longer_be_written(work: str) -> None:
     """
     if not own_disks():
         pytest.skip("no disk of one's own here: unshare and mount are not allowed")
-    command = [*OWN_DISK, sys.executable, str(HERE / "striking.py"), work, str(STRIKES)]
+    command = [*OWN_DISK, sys.executable, str(HERE / "disk_faults.py"), work, str(STRIKES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{work}: " in done.stdout
@@ -50,7 +50,7 @@ def test_a_disk_that_can_no_longer_be_written(work: str) -> None:
 @pytest.mark.e2e
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_to_a_full_disk() -> None:
-    printing = "from vhabl import errors; errors.run(lambda _: print('x'))"
+    printing = "from vhabl.system import errors; errors.run(lambda _: print('x'))"
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": ""}
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         done = subprocess.run(

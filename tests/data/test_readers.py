@@ -46,7 +46,7 @@ from vhabl.settings import DataConfig, EncoderConfig
 from vhabl.system.errors import VhablError
 from vhabl.types import Rows, Split
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 EMOJI = PROJECT / "dataset" / "emoji"
 WIKI = PROJECT.parent / "shared" / "data" / "wiki"
 ROWS = {"tr": 5, "db": 6, "te": 3}

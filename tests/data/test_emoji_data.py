@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, features
 from scipy.io import loadmat
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "dataset" / "emoji"
 SCRIPT = ROOT / "scripts" / "make_emoji.py"
 MAT_VARIABLES = {

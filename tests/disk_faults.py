@@ -1,6 +1,6 @@
 """Fill the disk, or make it read-only, while a piece of work writes to it; then mend the disk, run
 the same command again, and compare that with a run that nothing disturbed:
-python tests/striking.py WORK STRIKES, in an empty folder, by `unshare --user --map-root-user
+python tests/disk_faults.py WORK STRIKES, in an empty folder, by `unshare --user --map-root-user
 --mount`: the disk is a small one in memory that no other process sees.
 """
 
@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from killing import EPOCHS, INPUTS, WORKS, content, counted_epochs, forked, prepare, trained
+from kill_faults import EPOCHS, INPUTS, WORKS, content, counted_epochs, forked, prepare, trained
 
 from vhabl.search import __main__ as search
 from vhabl.system import errors

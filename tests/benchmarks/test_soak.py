@@ -1,4 +1,4 @@
-"""A slice of scripts/soak.py: long runs of it are for a release."""
+"""A slice of benchmarks/soak.py: long runs of it are for a release."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import soak  # noqa: E402
 
 
@@ -22,7 +22,7 @@ import soak  # noqa: E402
 def test_a_short_soak_finds_nothing_wrong(asked: tuple[str, ...]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "soak.py"), *asked],
+        [sys.executable, str(ROOT / "benchmarks" / "soak.py"), *asked],
         env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

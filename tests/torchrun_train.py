@@ -1,6 +1,6 @@
 """Train every configuration FOLDER/*.yaml, each into FOLDER/NAME-SIZE: a program for torchrun.
 
-python sharing.py FOLDER
+python torchrun_train.py FOLDER
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from vhabl.nn.layers import Dropout
 from vhabl.training.trainer import Trainer
 from vhabl.types import Batch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from measuring import Watch, replay, saved_for_backward
 from throughput import Loop
 

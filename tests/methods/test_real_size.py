@@ -16,7 +16,7 @@ from vhabl.data import load as load_data
 from vhabl.training.optim import build_optimizer
 from vhabl.types import Batch, DataSpec, Inputs
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from measuring import saved_for_backward
 
 GIGABYTE = 2**30

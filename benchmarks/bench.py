@@ -1,13 +1,13 @@
 """Benchmarks: ratios of two ways to do the same thing, measured in one run.
 
-python scripts/bench.py losses [--json]
-python scripts/bench.py eval [--json]
-python scripts/bench.py cache [--json]
-python scripts/bench.py search [--json]
-python scripts/bench.py stages [--json]
-python scripts/bench.py milvus [--json]
-python scripts/bench.py train [--json]
-python scripts/bench.py encode [--json]
+python benchmarks/bench.py losses [--json]
+python benchmarks/bench.py eval [--json]
+python benchmarks/bench.py cache [--json]
+python benchmarks/bench.py search [--json]
+python benchmarks/bench.py stages [--json]
+python benchmarks/bench.py milvus [--json]
+python benchmarks/bench.py train [--json]
+python benchmarks/bench.py encode [--json]
 """
 
 from __future__ import annotations
