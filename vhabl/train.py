@@ -64,9 +64,7 @@ def _prepare(arguments: list[str]) -> tuple[argparse.Namespace, Config, Dataset]
     given = parser.parse_intermixed_args(arguments)
     if given.help:
         print(parser.format_help())
-        print(
-            "keys, with [default]; data=NAME reads configs/data/NAME.yaml, data=FILE.yaml a file:"
-        )
+        print("keys, with [default]; data=NAME is configs/data/NAME.yaml, data=FILE.yaml your own:")
         print(describe_keys(given.config))
         return None
     if not given.config:
