@@ -273,11 +273,11 @@ def bench_cache() -> list[dict[str, object]]:
             )  # fmt: skip
             trainer = Trainer(config, load_data(config.data, config.encoder), False)
             start = time.perf_counter()
-            trainer._begin_phase()
-            trainer._train_epoch()
+            trainer.begin()
+            trainer.train_epoch()
             first = time.perf_counter() - start
             start = time.perf_counter()
-            trainer._train_epoch()
+            trainer.train_epoch()
             second = time.perf_counter() - start
             rows.append(
                 {

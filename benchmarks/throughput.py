@@ -115,15 +115,15 @@ class Loop:
 
     def __init__(self, config: Config, data: Dataset, steps: int) -> None:
         self.trainer = Trainer(config, data, progress_bar=False)
-        self.trainer._begin_phase()
-        self.inputs = self.trainer._inputs
-        self.trainer._inputs = self._watched  # type: ignore[method-assign]
+        self.trainer.begin()
+        self.inputs = self.trainer.inputs
+        self.trainer.inputs = self._watched  # type: ignore[method-assign]
         self.steps, self.data_seconds, self.host_waits = steps, 0.0, 0
         self.count: Callable[[], int] = lambda: 0  # host waits until now
 
     def epoch(self) -> None:
         torch.set_flush_denormal(True)  # as Trainer.run does
-        self.trainer._train_epoch()
+        self.trainer.train_epoch()
 
     def _watched(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Inputs]]:
         self.data_seconds, before = 0.0, 0

@@ -371,7 +371,7 @@ def trainer() -> Trainer:
     given = recipe(Path("trained").resolve(), "epochs=2", "resume=true")
     config = load(CONFIG_DIR / "hiamh.yaml", [*given, f"out={CASE.resolve()}"])
     found = Trainer(config, load_data(config.data, config.encoder), progress_bar=False)
-    found._begin_phase()
+    found.begin()
     return found
 
 
@@ -379,10 +379,10 @@ def make_state(folder: Path) -> None:
     make_run(folder)
     shutil.rmtree(folder / "run")
     begun = trainer()
-    begun.progress.history.append({"phase": "final", "epoch": 1, **begun._train_epoch()})
+    begun.progress.history.append({"phase": "final", "epoch": 1, **begun.train_epoch()})
     begun.progress.epoch = 1
     begun.state_path = folder / "state.pt"
-    begun._save_state()
+    begun.save_state()
 
 
 @reader(make_state)
@@ -391,9 +391,9 @@ def state(path: Path) -> None:
         READY["trainer"] = trainer()
     found = READY["trainer"]
     found.state_path = path
-    saved = found._read_state()
+    saved = found.read_state()
     found.progress = Progress(**saved["progress"])
-    found._restore(saved)
+    found.restore(saved)
 
 
 READY: dict[str, Any] = {}

@@ -120,7 +120,7 @@ def forked(run: Callable[[], object], seconds: float | None = None) -> bool:
 
 def counted_epochs() -> None:
     """From now on every epoch that was finished is a byte more."""
-    real = Trainer._train_epoch
+    real = Trainer.train_epoch
 
     def counted(self: Trainer) -> dict[str, float]:
         terms = real(self)
@@ -128,7 +128,7 @@ def counted_epochs() -> None:
             file.write(b".")
         return terms
 
-    Trainer._train_epoch = counted  # type: ignore[method-assign]
+    Trainer.train_epoch = counted  # type: ignore[method-assign]
 
 
 def content(folder: Path) -> dict[str, bytes]:

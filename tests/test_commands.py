@@ -450,10 +450,7 @@ def test_a_publications_own_split_is_chosen_by_the_recipe(command) -> None:
 
 def test_no_recipe_and_a_wrong_method(command) -> None:
     code, _, err = command(train.main, "epochs=3")
-    assert (
-        code == 2
-        and "--config: it is missing. Add --config NAME, of cmcl" in one_message(err)
-    )
+    assert code == 2 and "--config: it is missing. Add --config NAME, of cmcl" in one_message(err)
     code, _, err = command(train.main, "--config", "none.yaml")
     assert code == 2 and "none.yaml: no such file" in one_message(err)
 

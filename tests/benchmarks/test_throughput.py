@@ -104,13 +104,13 @@ def test_no_step_copies_between_devices(method: str, feature_file: Path, pair_fo
     """On a device without numbers, where a copy to or from the host is seen and a value fails."""
     begun = trainer(method, feature_file, pair_folder)
     begun.device = NOWHERE
-    begun._begin_phase()
+    begun.begin()
     begun.method.train()
     batches = list(torch.arange(32).split(16))
     with Watch() as watch:
         for resident in {begun.resident, None}:
             begun.resident = resident
-            found = begun._inputs(batches)
+            found = begun.inputs(batches)
             next(found)
             watch.waits.clear()  # the rows of all batches came at once
             rows, inputs = next(found)
@@ -127,18 +127,18 @@ def test_small_data_stays_on_the_device(
 ) -> None:
     begun = trainer("vh_abl", feature_file, pair_folder)
     monkeypatch.setattr("vhabl.training.trainer.RESIDENT", begun.data.train.bytes)
-    begun._begin_phase()
+    begun.begin()
     assert begun.resident is not None
     batches = list(torch.randperm(60, generator=torch.Generator().manual_seed(0)).split(16))
     with monkeypatch.context() as patch:
         patch.setattr("vhabl.training.trainer.read", None)  # nothing is read any more
-        kept = list(begun._inputs(batches))
+        kept = list(begun.inputs(batches))
     assert [rows.tolist() for rows, _ in kept] == [rows.tolist() for rows in batches]
     for rows, inputs in kept:
         there = begun.train.inputs(rows.numpy())
         assert torch.equal(inputs.image, there.image) and torch.equal(inputs.text, there.text)
     monkeypatch.setattr("vhabl.training.trainer.RESIDENT", begun.train.bytes - 1)
-    begun._begin_phase()
+    begun.begin()
     assert begun.resident is None
 
 

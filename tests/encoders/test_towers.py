@@ -226,9 +226,9 @@ def test_pictures_are_mirrored_at_random_in_training_alone(tmp_path: Path) -> No
     towers = encoder(tmp_path, tune="all", augment=True, resize=40)
     inputs = raw_inputs(towers, room=8)
     middle = inputs.image[..., 4:36, 4:36]
-    assert torch.equal(towers._cut(inputs.image), middle)
+    assert torch.equal(towers.cut(inputs.image), middle)
     towers.train()
-    cuts = torch.stack([towers._cut(middle) for _ in range(60)])
+    cuts = torch.stack([towers.cut(middle) for _ in range(60)])
     flipped = (cuts == middle.flip(3)).flatten(2).all(dim=2)
     assert torch.equal(flipped, ~(cuts == middle).flatten(2).all(dim=2))
     assert ((flipped.sum(dim=0) > 15) & (flipped.sum(dim=0) < 45)).all()
@@ -827,11 +827,11 @@ def test_training_draws_crops_by_its_own_generator(held: bool, folder: Path) -> 
     trainer = augmented(folder, "data.workers=0")
     train, batches = trainer.data.train, [torch.arange(32).flip(0), torch.arange(7)]
     train.text.count = None  # one caption an item: nothing else is drawn
-    trainer._begin_phase()
+    trainer.begin()
     assert trainer.resident is None and isinstance(train.image.store, ImageFiles) != held
 
     def crops() -> list[torch.Tensor]:
-        return [inputs.image for _, inputs in trainer._inputs(batches)]
+        return [inputs.image for _, inputs in trainer.inputs(batches)]
 
     drawn = [crops() for _ in range(30)]
     down, across = set(), set()
@@ -844,12 +844,12 @@ def test_training_draws_crops_by_its_own_generator(held: bool, folder: Path) -> 
                 down.add(i)
                 across.add(j)
     assert down == set(range(9)) and across == set(range(25))  # of the centre square 4 to 12
-    trainer._begin_phase()
+    trainer.begin()
     torch.manual_seed(5)  # of no matter
     assert all(map(torch.equal, crops(), drawn[0]))
     shares = []
     for rank in range(2):  # each has its share of the same crops
-        trainer._begin_phase()
+        trainer.begin()
         trainer.method.encoder.ranks = Ranks(rank, 2)
         shares.append(crops())
     for whole, *parts in zip(drawn[0], *shares, strict=True):
@@ -861,9 +861,9 @@ def test_workers_give_the_same_crops(folder: Path, monkeypatch: pytest.MonkeyPat
     for memory, workers in ((2**28, 0), (0, 0), (0, 2)):
         monkeypatch.setattr("vhabl.data.images.IN_MEMORY", memory)
         trainer = augmented(folder, f"data.workers={workers}")
-        trainer._begin_phase()
+        trainer.begin()
         batches = list(torch.arange(32).split(10))
-        found.append(torch.cat([inputs.image for _, inputs in trainer._inputs(batches)]))
+        found.append(torch.cat([inputs.image for _, inputs in trainer.inputs(batches)]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -875,24 +875,24 @@ def test_crops_are_for_training_alone(held: bool, folder: Path) -> None:
         image, expected = (getattr(d, split).inputs().image for d in (data, other))
         assert torch.equal(image, expected)
     trainer = augmented(folder)
-    trainer._begin_phase()
+    trainer.begin()
     method = trainer.method.eval()
     one, two = (code_tasks(method, d, [8])[8]["i2t"] for d in (data, other))
     assert np.array_equal(one.query, two.query) and np.array_equal(one.database, two.database)
     # Data that were read for crops serve a recipe without them, as in an ablation.
     without = Trainer(override(trainer.config, ["encoder.augment=false"]), data, False)
-    without._begin_phase()
-    assert not without._has_crops()
-    inputs = next(without._inputs([torch.arange(32)]))[1]
+    without.begin()
+    assert not without.has_crops()
+    inputs = next(without.inputs([torch.arange(32)]))[1]
     assert torch.equal(inputs.image, data.train.inputs().image)
 
 
 def test_a_run_with_crops_goes_on_as_if_never_stopped(folder: Path) -> None:
     whole = augmented(folder, "epochs=3").run().state_dict()
     half = augmented(folder, "epochs=3", "out=run")
-    half._begin_phase()
+    half.begin()
     half.epochs = 1
-    half._train_phase()
+    half.train_phase()
     again = augmented(folder, "epochs=3", "out=run", "resume=true").run().state_dict()
     assert all(torch.equal(whole[n], t) for n, t in again.items())
     other = augmented(folder, "epochs=3", "seed=1").run().state_dict()
@@ -963,17 +963,17 @@ def test_training_draws_captions_by_its_own_generator(tmp_path: Path) -> None:
     config = pair_config(write_pair_folder(tmp_path / "p"), "cmcl", "validation.fraction=0")
     data = load_data(config.data, config.encoder)
     trainer = Trainer(config, data, False)
-    trainer._begin_phase()
+    trainer.begin()
     assert trainer.resident is None  # captions are drawn
     rows = [torch.arange(32)]
-    texts = [next(trainer._inputs(rows))[1].text for _ in range(8)]
+    texts = [next(trainer.inputs(rows))[1].text for _ in range(8)]
     first = torch.from_numpy(data.train.text[:])
     several = torch.from_numpy(data.train.text.count > 1)
     others = torch.stack([(t != first).any(dim=1) for t in texts])
     assert not others[:, ~several].any()
     assert 0.3 < others[:, several].float().mean() < 0.7
-    trainer._begin_phase()
-    assert torch.equal(next(trainer._inputs(rows))[1].text, texts[0])
+    trainer.begin()
+    assert torch.equal(next(trainer.inputs(rows))[1].text, texts[0])
     assert torch.equal(data.train.inputs().text, first)
 
 
@@ -1139,9 +1139,9 @@ def test_a_saved_state_leaves_out_frozen_towers_and_goes_on_with_the_same(folder
     whole = Trainer(config, data, False).run().state_dict()
     halfway = Trainer(config, data, False)
     halfway.epochs = 4
-    halfway._begin_phase()
+    halfway.begin()
     halfway.epochs = 2
-    halfway._train_phase()
+    halfway.train_phase()
     state = torch.load("run/state.pt", weights_only=True)
     assert not [n for n in state["method"] if "token_embedding" in n or "resblocks.0." in n]
     assert [n for n in state["method"] if "resblocks.2." in n]
@@ -1161,9 +1161,9 @@ def test_a_run_does_not_go_on_with_other_weights(tune: str, folder: Path) -> Non
     )  # fmt: skip
     data = load_data(config.data, config.encoder)
     half = Trainer(config, data, False)
-    half._begin_phase()
+    half.begin()
     half.epochs = 1
-    half._train_phase()
+    half.train_phase()
     saved = torch.load("run/state.pt", weights_only=True)
     for change, message in (
         ({"method": {n: t for n, t in saved["method"].items() if "heads" not in n}}, "no or an un"),
@@ -1211,10 +1211,10 @@ def test_the_arithmetic_of_a_gpu_changes_little(
             "validation.fraction=0", "encoder.cache=none", "out=run",
         )  # fmt: skip
         loop = Trainer(config, load_data(config.data, config.encoder), progress_bar=False)
-        loop._begin_phase()
+        loop.begin()
         for part, layer in loop.method.named_modules():
             watch(part, layer)
-        found[mixed] = loop._train_epoch()
+        found[mixed] = loop.train_epoch()
         labels, rows = torch.from_numpy(loop.train.labels).float(), torch.arange(len(loop.train))
         terms = loop.method.loss(Batch(loop.train.inputs(), labels, rows))
         given = vars(loop.method.embeddings(loop.train.inputs()))
@@ -1382,7 +1382,7 @@ def test_a_network_as_published_by_hq(folder: Path, tiny_alexnet: None) -> None:
         assert torch.equal(found.text, inputs.text) and set(found.text.unique().tolist()) == {0, 1}
     assert second.std() > 0.01
     resized = cnn_data(folder, *given, "encoder.resize=256")[1].query.inputs().image
-    assert resized.shape[2:] == (256, 256) and encoder._cut(resized).shape[2:] == (227, 227)
+    assert resized.shape[2:] == (256, 256) and encoder.cut(resized).shape[2:] == (227, 227)
     with pytest.raises(VhablError, match=r"encoder.resize is 226, but must be 0, or at least"):
         config, data = cnn_data(folder, *given, "encoder.resize=226")
         build_method(config, data.spec)
@@ -1406,7 +1406,7 @@ def test_the_networks_of_torchvision_are_built_alike(name: str, second: int) -> 
     found: list[torch.Tensor] = []
     whole.classifier[second].register_forward_hook(lambda *given: found.append(given[2]))
     pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
-    whole(encoder._normalised(pixels))
+    whole(encoder.normalised(pixels))
     assert found[0].shape == (2, 4096) and encoder.image_dim == 4096 and encoder.batch == 32
     inputs = Inputs(pixels, None)
     expected = found[0] / (1 + encoder.norm.eps) ** 0.5

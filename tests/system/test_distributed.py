@@ -56,8 +56,8 @@ def test_only_the_first_rank_stores_a_state(tmp_path: Path) -> None:
     data = load_data(config.data)
     for rank, there in ((1, False), (0, True)):
         trainer = Trainer(config, data, False, Ranks(rank, 2, rank))
-        trainer._begin_phase()
-        trainer._save_state()
+        trainer.begin()
+        trainer.save_state()
         assert trainer.state_path.exists() == there
 
 
@@ -235,7 +235,7 @@ from vhabl.system import errors
 from vhabl.training import trainer
 from vhabl.data import images
 
-real = trainer.Trainer._train_phase
+real = trainer.Trainer.train_phase
 
 def broken(path, *_):
     raise errors.VhablError(f"{path}: this is no picture")
@@ -249,7 +249,7 @@ def train_phase(self):
 torch.distributed.destroy_process_group = lambda: time.sleep(600)
 atexit.register(time.sleep, 600)
 images.IN_MEMORY = 0  # pictures are read by the ranks that need them
-trainer.Trainer._train_phase = train_phase
+trainer.Trainer.train_phase = train_phase
 errors.run(train.main)
 """
 

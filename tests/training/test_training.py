@@ -94,7 +94,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
     part = override(config, ["out=part"])
     done = 0
-    real = Trainer._train_epoch
+    real = Trainer.train_epoch
 
     def dies(self: Trainer) -> dict[str, float]:
         nonlocal done
@@ -103,10 +103,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         done += 1
         return real(self)
 
-    monkeypatch.setattr(Trainer, "_train_epoch", dies)
+    monkeypatch.setattr(Trainer, "train_epoch", dies)
     with pytest.raises(Killed):
         Trainer(part, data, False).run()
-    monkeypatch.setattr(Trainer, "_train_epoch", real)
+    monkeypatch.setattr(Trainer, "train_epoch", real)
     torch.rand(11)
     resumed = Trainer(override(part, ["resume=true"]), data, False)
     assert same(expected, weights(resumed.run()))
@@ -150,7 +150,7 @@ def test_a_run_that_is_asked_to_stop_stores_its_epoch(
     config = small_config(feature_file, "vh_abl", "save_every=100")
     data = load_data(config.data)
     expected = weights(Trainer(override(config, ["out=whole"]), data, False).run())
-    real, done = Trainer._train_epoch, 0
+    real, done = Trainer.train_epoch, 0
 
     def asked(self: Trainer) -> dict[str, float]:
         nonlocal done
@@ -161,7 +161,7 @@ def test_a_run_that_is_asked_to_stop_stores_its_epoch(
         return real(self)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(Trainer, "_train_epoch", asked)
+    monkeypatch.setattr(Trainer, "train_epoch", asked)
     part = override(config, ["out=part"])
     with pytest.raises(
         Stopped, match=r"stopped after epoch \d of \d \((select|final)\); res"
@@ -458,7 +458,7 @@ def test_the_seed_decides_the_first_weights_and_the_order_of_items(feature_file:
     found = []
     for seed in (0, 1):
         trainer = Trainer(small_config(feature_file, "nested_mlp", f"seed={seed}"), data, False)
-        trainer._begin_phase()
+        trainer.begin()
         order = torch.randperm(60, generator=trainer.shuffle)
         found.append((weights(trainer.method)["net.head.1.weight"], order))
     (first_weight, first_order), (second_weight, second_order) = found
@@ -473,7 +473,7 @@ def test_selection_trains_and_scales_on_the_items_not_held_out(feature_file: Pat
     trainer = Trainer(config, data, False)
     for phase, split in (("select", kept), ("final", data.train)):
         trainer.progress.phase = phase
-        trainer._begin_phase()
+        trainer.begin()
         image = torch.from_numpy(split.image)
         assert trainer.resident is not None
         assert torch.equal(trainer.resident.image, image)
@@ -515,7 +515,7 @@ def test_a_step_follows_the_sum_of_the_terms_of_its_own_batch(
         "validation.fraction=0", "epochs=3", "batch_size=60",
     )  # fmt: skip
     trainer = Trainer(config, load_data(config.data), False)
-    trainer._begin_phase()
+    trainer.begin()
     before = weights(trainer.method)["net.head.1.bias"]
     after = weights(trainer.run())["net.head.1.bias"]
     assert torch.allclose(after, before - 3 * 0.5 * 3, atol=1e-5)
@@ -551,7 +551,7 @@ def test_the_gradient_is_clipped_where_the_recipe_says_so(
         f"optim.clip={clip}", "validation.fraction=0", "epochs=1", "batch_size=60",
     )  # fmt: skip
     trainer = Trainer(config, load_data(config.data), False)
-    trainer._begin_phase()
+    trainer.begin()
     before = [p.detach().clone() for p in trainer.method.parameters()]
     after = trainer.run().parameters()
     moved = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]).norm()

@@ -139,11 +139,11 @@ class PixelEncoder(Encoder):
     def _rounded(self, x: Tensor) -> Tensor:
         return x.to(getattr(torch, self.config.cache_precision))
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def normalised(self, pixels: Tensor) -> Tensor:
         """What the network takes of pixels: (B, 3, R, R) uint8 -> (B, 3, S, S)."""
-        return (self._cut(pixels) - self.mean).div_(self.spread)
+        return (self.cut(pixels) - self.mean).div_(self.spread)
 
-    def _cut(self, pixels: Tensor) -> Tensor:
+    def cut(self, pixels: Tensor) -> Tensor:
         """The centre, in training with `augment` mirrored at random: (B, 3, S, S). Training is
         given pictures that are cut already.
         """

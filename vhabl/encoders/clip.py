@@ -192,7 +192,7 @@ class ClipEncoder(PixelEncoder):
         (B, w, h, h) of a ResNet.
         """
         visual = self.clip.visual
-        x = self._normalised(pixels)
+        x = self.normalised(pixels)
         x = visual.stem(x) if _is_resnet(visual) else visual._embeds(x)
         for block in self.fixed["image"]:
             x = block(x)

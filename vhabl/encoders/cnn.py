@@ -76,7 +76,7 @@ class CnnEncoder(PixelEncoder):
         if x is None or x.is_floating_point() or not self.fixed:
             return inputs
         with torch.no_grad(), self.arithmetic():
-            x = self._normalised(x)
+            x = self.normalised(x)
             for layer in self.fixed:
                 x = layer(x)
         return replace(inputs, image=self._rounded(x))
@@ -85,7 +85,7 @@ class CnnEncoder(PixelEncoder):
         image = self.frozen(inputs).image
         if image is not None:
             with self.arithmetic():
-                x = image.float() if image.is_floating_point() else self._normalised(image)
+                x = image.float() if image.is_floating_point() else self.normalised(image)
                 for layer in self.live:
                     x = layer(x)
             image = self.norm(x.float())

@@ -106,18 +106,18 @@ class Trainer:
             torch.set_flush_denormal(False)
 
     def _run(self) -> HashingMethod:
-        saved = self._read_state() if self.config.resume else None
+        saved = self.read_state() if self.config.resume else None
         if saved is not None:
             self.progress = Progress(**saved["progress"])
         while True:
-            self._begin_phase()
+            self.begin()
             begins = saved is None and not self.progress.history  # and nothing was refused
             if begins and self.here.rank == 0:
                 shutil.rmtree(self.log_folder, ignore_errors=True)
             if saved is not None:
-                self._restore(saved)
+                self.restore(saved)
                 saved = None
-            self._train_phase()
+            self.train_phase()
             if self.progress.phase == "final":
                 break
             self.progress.phase, self.progress.epoch = "final", 0
@@ -125,7 +125,7 @@ class Trainer:
 
     # -- one phase -------------------------------------------------------------------------------
 
-    def _begin_phase(self) -> None:
+    def begin(self) -> None:
         """Fresh weights, optimiser and random streams for the phase in `self.progress`."""
         config, phase = self.config, self.progress.phase
         torch.manual_seed(config.seed)
@@ -152,7 +152,7 @@ class Trainer:
         )
         self.method.prepare(self.labels)
         # What is small against a device's memory stays there for the whole phase.
-        drawn = self._has_choices() or self._has_crops()
+        drawn = self._has_choices() or self.has_crops()
         small = self.train.bytes <= RESIDENT and not drawn
         self.resident = self.train.inputs().to(self.device) if small else None
         named = self.method.named_parameters()
@@ -160,7 +160,7 @@ class Trainer:
         eta = config.optim.averaging
         self.mean = WeightMean(self.method, eta) if eta else None
 
-    def _train_phase(self) -> None:
+    def train_phase(self) -> None:
         progress, config = self.progress, self.config
         title = f"{self.method.title} seed {config.seed} {progress.phase}"
         bar = tqdm(
@@ -173,7 +173,7 @@ class Trainer:
         log = self._log()
         with bar, StopRequests("this epoch", self.here.size == 1) as requests:
             while progress.epoch < self.epochs and not self._stopped():
-                terms = self._train_epoch()
+                terms = self.train_epoch()
                 progress.epoch += 1
                 row = {"phase": progress.phase, "epoch": progress.epoch, **terms}
                 if self.held_out is not None and progress.epoch % config.validation.every == 0:
@@ -188,7 +188,7 @@ class Trainer:
                 bar.update()
                 asked = max(self.here.gather(requests.signal))
                 if progress.epoch % config.save_every == 0 or asked:
-                    self._save_state()
+                    self.save_state()
                 if asked:
                     done = f"epoch {progress.epoch} of {self.epochs} ({progress.phase})"
                     raise Stopped(f"stopped after {done}; resume=true goes on", asked)
@@ -207,7 +207,7 @@ class Trainer:
         patience = self.config.validation.patience
         return self.held_out is not None and 0 < patience <= self.progress.stale
 
-    def _train_epoch(self) -> dict[str, float]:
+    def train_epoch(self) -> dict[str, float]:
         """One pass over the training items in a new random order; the mean of each loss term."""
         self.method.train()
         order = torch.randperm(len(self.train), generator=self.shuffle)
@@ -215,7 +215,7 @@ class Trainer:
         if len(batches) > 1 and len(batches[-1]) < 2:  # a loss over pairs needs two items
             batches[-2:] = [torch.cat(batches[-2:])]
         total: dict[str, torch.Tensor] = {}
-        for number, (rows, inputs) in enumerate(self._inputs(batches)):
+        for number, (rows, inputs) in enumerate(self.inputs(batches)):
             of_texts = None if self.text_labels is None else self.text_labels[rows]
             batch = Batch(inputs, self.labels[rows], rows, of_texts)
             done = self.progress.epoch + number / len(batches)
@@ -248,13 +248,13 @@ class Trainer:
         """Whether items have several captions, of which training draws one."""
         return isinstance(self.train.text, Rows) and self.train.text.count is not None
 
-    def _has_crops(self) -> bool:
+    def has_crops(self) -> bool:
         """Whether training cuts pictures at random places."""
         image = self.train.image
         there = isinstance(image, Rows) and isinstance(image.store, CropStore)
         return there and self.config.encoder.augment
 
-    def _inputs(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Inputs]]:
+    def inputs(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Inputs]]:
         """The rows of each batch, and the inputs of those that are this rank's share."""
         part = self.method.encoder.ranks.part
         # All rows at once, as the host waits for each copy.
@@ -266,7 +266,7 @@ class Trainer:
         draws = corners = None
         if self._has_choices():
             draws = [part(torch.rand(len(b), generator=self.shuffle).numpy()) for b in batches]
-        if self._has_crops():
+        if self.has_crops():
             corners = [part(torch.rand(len(b), 2, generator=self.shuffle).numpy()) for b in batches]
         shares = [part(rows.numpy()) for rows in batches]
         found = read(self.train, shares, draws, self.device, corners)
@@ -293,7 +293,7 @@ class Trainer:
 
     # -- saved state -----------------------------------------------------------------------------
 
-    def _save_state(self) -> None:
+    def save_state(self) -> None:
         if self.here.rank > 0:
             return
         fixed = self._fixed()
@@ -320,7 +320,7 @@ class Trainer:
         with atomic_path(self.state_path) as path:
             torch.save(state, path)
 
-    def _read_state(self) -> dict[str, Any] | None:
+    def read_state(self) -> dict[str, Any] | None:
         """The saved state, or None where there is none. Raises VhablError where it does not fit."""
         if not self.state_path.exists():
             return None
@@ -364,7 +364,7 @@ class Trainer:
         kept = self.method.state_dict()
         return {name: b for name, b in self.method.named_buffers() if name not in kept}
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         if state["begun_with"] != self.begun_with:
             fail(
                 self.state_path,
