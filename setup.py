@@ -23,6 +23,7 @@ class Build(build_py):
 
 # The embedded engine of 3.x has no binary vectors; that of 2.5 imports pkg_resources.
 MILVUS = ["pymilvus>=2.6,<3", "milvus-lite==2.5.1", "setuptools>=77,<82"]
+DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings-python>=1.10,<3"]
 
 setup(
     name="vhabl",
@@ -60,8 +61,10 @@ setup(
     extras_require={
         "test": [
             *MILVUS,
+            *DOCS,
             "playwright>=1.45,<2",
             "pytest>=8,<10",
+            "pytest-xdist>=3.5,<4",
             "hypothesis>=6.90,<7",
             "ruff>=0.8",
             "mypy>=1.13,<3",
@@ -69,6 +72,7 @@ setup(
             "types-tqdm",
         ],
         "milvus": MILVUS,
+        "docs": DOCS,
         "emoji": ["uharfbuzz>=0.39"],
         "parquet": ["pyarrow>=14"],
     },
