@@ -338,7 +338,8 @@ SMALL = ["bits=[8,16]", "batch_size=16", "device=cpu", "codes=none", "validation
 
 
 def recipe(folder: Path, *more: str) -> list[str]:
-    given = [*pair_overrides(folder / "pairs"), "encoder.name=features", "data.min_count=1"]
+    given = [*pair_overrides(folder / "pairs"), "encoder.name=features", "data.min_count=1",
+             "model.net.modality_dropout=0.1"]  # fmt: skip
     return [*given, *SMALL, f"out={folder / 'run'}", *more]
 
 

@@ -22,6 +22,8 @@ FOUND_IN_RUNS = ("history:4", "weights:15", "weights:112", "encoded:2", "encoded
                  "indexes:16", "indexes:92", "indexes:99", "indexes:108", "encoded:5028",
                  "encoded:5335")  # fmt: skip
 
+pytestmark = pytest.mark.robust
+
 
 def fuzz(first: int, count: int, *readers: str) -> int:
     """How many files were read or refused. Any other outcome fails the test."""

@@ -13,7 +13,7 @@ from helpers import ROOT, write_feature_file
 
 import vhabl
 from vhabl import __main__ as program
-from vhabl.config import load
+from vhabl.config import load, load_data_config
 from vhabl.system.errors import VhablError
 
 
@@ -110,6 +110,8 @@ def test_a_data_set_goes_by_its_own_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     config = load("vh_abl", ["data=mine/mine.yaml"])
     assert config.data.name == "mine" and Path(config.data.path) == features
+    described = load_data_config("mine/mine.yaml", [])
+    assert Path(described.path).resolve() == features
     config = load("vh_abl", ["data=wiki", "data.path=mine/features.mat"])
     assert Path(config.data.path) == features
     assert load("vh_abl", ["data=emoji"]).data.path == "dataset/emoji"  # found below the project

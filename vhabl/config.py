@@ -158,7 +158,7 @@ def load_baselines(overrides: list[str]) -> BaselineConfig:
 def load_data_config(path: str | Path, overrides: Sequence[str]) -> DataConfig:
     """A data set's own file, configs/data/NAME.yaml, with `data.*` overrides."""
     path = Path(path)
-    own = {f"data.{name}": value for name, value in _flatten(_read_yaml(path)).items()}
+    own = _flatten({"data": _read_data_yaml(path)})
     layers: list[Layer] = [(path, own), (COMMAND_LINE, _parse_overrides(overrides))]
     values = _merge(key_types(DataConfig, "data."), layers)
     config: DataConfig = _build(DataConfig, values, path, "data.")
@@ -323,14 +323,11 @@ def _layers(recipe: dict[str, Any], given: dict[str, Any], where: object) -> lis
         )
     if given.get("protocol", recipe.get("protocol")) == "own":
         chosen = own_data.get(chosen, chosen)
-    if str(chosen).endswith(".yaml"):  # the user's own, whose path is meant from its folder
+    if str(chosen).endswith(".yaml"):
         path = Path(str(chosen))
-        described = _read_yaml(path)
-        described["path"] = str(path.parent / str(described.get("path", "")))
         chosen = path.stem
     elif chosen in data_names():
         path = CONFIG_DIR / "data" / f"{chosen}.yaml"
-        described = _read_yaml(path)
     else:
         bad_value("data", repr(chosen), f"a .yaml file, or one of {', '.join(data_names())}")
     if not isinstance(for_data, dict):
@@ -341,7 +338,7 @@ def _layers(recipe: dict[str, Any], given: dict[str, Any], where: object) -> lis
     if not isinstance(special, dict):
         bad_value(f"{where}: for_data.{chosen}", f"a {type(special).__name__}", "keys with values")
     return [
-        (path, _flatten({"data": described})),
+        (path, _flatten({"data": _read_data_yaml(path)})),
         (where, _flatten(recipe)),
         (f"{where}: for_data.{chosen}", _flatten(special)),
         (COMMAND_LINE, given),
@@ -417,6 +414,14 @@ def _build_config(types: dict[str, Any], layers: list[Layer], where: object) -> 
 
 
 # -- reading ---------------------------------------------------------------------------------------
+
+
+def _read_data_yaml(path: Path) -> dict[str, Any]:
+    """A data set's file. The `path` in a user's own is relative to its folder."""
+    described = _read_yaml(path)
+    if "path" in described and path.resolve().parent != CONFIG_DIR / "data":
+        described["path"] = str(path.parent / str(described["path"]))
+    return described
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import soak  # noqa: E402
 
+pytestmark = pytest.mark.robust
+
 
 @pytest.mark.e2e
 @pytest.mark.slow

@@ -1659,8 +1659,8 @@ def test_pictures_in_arrays_become_pixels(
     crops = load(ARRAYS, replace(CNN, augment=True)).query.image.crops(
         np.array([2]), np.array([[0, 0.999]])
     )
-    whole = read_whole(pictures[31], 224, False)  # 14 x 10 become 314 x 224
-    np.testing.assert_array_equal(crops, [whole[:, :, 314 - 224 :]])
+    whole = read_whole(pictures[31], 224, False)  # 14 x 10 become 313 x 224
+    np.testing.assert_array_equal(crops, [whole[:, :, 313 - 224 :]])
     monkeypatch.setattr("vhabl.data.npy.CHUNK", 7)
     described = load(ARRAYS)
     np.testing.assert_array_equal(described.database.image, describe_images(pictures[:29]))

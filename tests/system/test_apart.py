@@ -16,6 +16,8 @@ from vhabl.system import apart
 from vhabl.system.apart import Blocks, read_apart
 from vhabl.system.errors import VhablError, fail
 
+pytestmark = pytest.mark.robust
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:

@@ -20,6 +20,8 @@ STRIKES = int(os.environ.get("VHABL_STRIKES", "2"))  # of each work and kind
 OWN_DISK = ["unshare", "--user", "--map-root-user", "--mount"]
 MOUNTS = ["sh", "-c", "mount -t tmpfs -o size=1m none . && mount -o remount,ro ."]
 
+pytestmark = pytest.mark.robust
+
 
 def own_disks() -> bool:
     try:

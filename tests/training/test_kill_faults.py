@@ -16,6 +16,8 @@ HERE = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("VHABL_KILLS", "3"))  # of each work
 SEED = int(os.environ.get("VHABL_SEED", "0"))
 
+pytestmark = pytest.mark.robust
+
 
 @pytest.mark.e2e
 @pytest.mark.slow

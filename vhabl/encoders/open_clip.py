@@ -277,7 +277,7 @@ def _download(model: str, weights: str) -> Path:
     known = open_clip.list_pretrained_tags_by_model(model)
     if weights not in known:
         where = "to be downloaded by name: " + ", ".join(known) if known else "or empty"
-        do = f"Give the weights of {name_of(model)} ({where}; the README says where from)"
+        do = f"Give the weights of {name_of(model)} ({where}; docs/encoders.md says where from)"
         fail(f"encoder.weights {weights}", "no such file", do)
     note(f"downloading the weights {weights!r} of {model} to {WEIGHTS_FOLDER}/")
     try:
