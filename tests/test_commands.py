@@ -167,6 +167,11 @@ def test_baselines_and_report(feature_file: Path, run_folder: Path, command) -> 
     assert code == 2 and f"{absent}: no metrics.json" in one_message(err)
     code, _, err = command(report.main, "checkpoint/wiki", "--measure", "map@al")
     assert code == 2 and "--measure is map@al, but must be a measure such as mAP@all" in err
+    for measure in ("mAP@50/hits", "bit balance"):  # in index order, and without any
+        found = {r["value"] for r in json.loads((run_folder / "metrics.json").read_text())
+                 if r["measure"] == measure and r["bits"] == 16}  # fmt: skip
+        _, out, _ = command(report.main, run_folder, "--table-only", "--measure", measure)
+        assert found and any(f"| {value:.4f} " in out for value in found)
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def prepare(folder: Path) -> None:
     for name in ("a.jpg", "b.jpg", "photo.jpg"):
         shutil.copy(images / "0.jpg", folder / name)
     table = "\n".join(rows) + "\n"
-    for name in ("items.csv", "more.csv"):
-        (folder / name).write_text(table)
+    (folder / "items.csv").write_text(table)
+    (folder / "more.csv").write_text("".join(re.sub(r",[^,]*$", "\n", row) for row in rows))
     (folder / "mine.yaml").write_text("name: mine\nkind: table\npath: items.csv\nquery: 10\n")
 
 
@@ -118,11 +118,12 @@ def test_every_vhabl_command_of_the_docs_works(
     train = importlib.import_module(COMMANDS["train"][0])
     for recipe in ("vh_abl", "vh_abl_clip"):
         assert train.main(["--config", recipe, "data=emoji", *small]) == 0
-    failed = []
+    failed, done = [], list[list[str]]()
     for page in PAGES:
         for words in commands(page):
-            if words[0] != "vhabl" or "serve" in words or "milvus" in words:
+            if words[0] != "vhabl" or "serve" in words or "milvus" in words or words in done:
                 continue
+            done.append(words)
             command, *given = [filled(word) for word in words[1:]]
             if command == "train" and not {"--help", "--print-config"} & set(given):
                 given += small

@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
         # Reference rows are for the tasks that a trained method serves.
         served = {row.task for folder in trained for row in own[folder]}
         rows = [r for found in own.values() for r in found if r.task in served or not served]
-        print_table(rows, given.measure, with_published=True)
+        orders = {row.ties for row in rows if row.measure == given.measure}
+        ties = "expected" if "expected" in orders else min(orders, default="")
+        print_table(rows, given.measure, ties, with_published=True)
         if given.table_only:
             continue
         target = out if len(data_sets) == 1 else out / data
