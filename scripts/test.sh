@@ -11,4 +11,4 @@ mypy vhabl
 if [[ $# -eq 0 ]]; then
     set -- -m "not gpu"
 fi
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"
