@@ -115,6 +115,10 @@ def test_a_data_set_goes_by_its_own_file(tmp_path: Path, monkeypatch: pytest.Mon
     config = load("vh_abl", ["data=wiki", "data.path=mine/features.mat"])
     assert Path(config.data.path) == features
     assert load("vh_abl", ["data=emoji"]).data.path == "dataset/emoji"  # found below the project
+    monkeypatch.chdir(ROOT / "dataset")  # a folder of the clone, whose paths are not the clone's
+    config = load("vh_abl", ["data=emoji", "data.path=emoji"])
+    assert Path(config.data.path) == (ROOT / "dataset" / "emoji").resolve()
+    monkeypatch.chdir(tmp_path)
     Path("own.yaml").write_text("method: vh_abl\nfor_data: {mine: {epochs: 7}}\n")
     assert load("own.yaml", ["data=mine/mine.yaml"]).epochs == 7
     with pytest.raises(VhablError, match=r"none\.yaml: no such file"):

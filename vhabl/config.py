@@ -138,10 +138,10 @@ def load(path: str | Path, overrides: list[str]) -> Config:
     types = _config_types(given.get("method", recipe.get("method")), path)
     config = _build_config(types, _layers(recipe, given, path), path)
     data = Path(config.data.path)
-    if data.exists() and PROJECT not in data.resolve().parents:  # found from any folder later
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, path=str(data.resolve()))
-        )
+    # Absolute, so that it is found from any folder; a path below the project is found anyway.
+    if data.exists() and data.resolve() != (PROJECT / data).resolve():
+        absolute = dataclasses.replace(config.data, path=str(data.resolve()))
+        config = dataclasses.replace(config, data=absolute)
     return config
 
 
